@@ -1,0 +1,28 @@
+"""Fixtures shared by the test modules."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PUBLISHED = _ROOT.parent / "shared" / "reference" / "clip-vit-b-32-laion2b"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded source of randomness of the test's own."""
+    return torch.Generator().manual_seed(20240612)
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Directory of the posterior published by the paper's authors."""
+    override = os.environ.get("BAYESVLM_REFERENCE_DIR")
+    directory = Path(override) if override else _PUBLISHED
+    if not (directory / "A_img_analytic.pt").is_file():
+        pytest.skip(f"no published posterior in {directory}: set BAYESVLM_REFERENCE_DIR")
+    return directory
