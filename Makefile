@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-LABELS := dog face,cat face,pizza,rocket,automobile,red apple,guitar,airplane,umbrella,house,tree,hat
+LABELS := dog face,cat face,pizza,rocket,automobile,red apple,soccer ball,airplane,bicycle,house,guitar,umbrella
 
 .PHONY: help setup demo test lint types format benchmark clean
 
@@ -12,10 +12,10 @@ help:  ## Show this list.
 
 setup: $(READY)  ## Make the virtual environment.
 
-$(READY): pyproject.toml requirements/dev-constraints.txt
+$(READY): pyproject.toml .ci/dev-constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint requirements/dev-constraints.txt --editable '.[dev]'
+		--constraint .ci/dev-constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)  ## Classify the sample images with the embedded model.

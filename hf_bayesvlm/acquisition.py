@@ -68,9 +68,28 @@ def bald(probs: Tensor, *, likelihood: Likelihood = "softmax") -> Tensor:
     Raises:
         ValueError: If `probs` is not three-dimensional.
     """
-    _check_samples(probs)
+    return entropy_decomposition(probs, likelihood=likelihood)[2]
+
+
+def entropy_decomposition(
+    probs: Tensor, *, likelihood: Likelihood = "softmax"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Total entropy, expected entropy and mutual information, each computed once.
+
+    Args:
+        probs: `[batch, samples, classes]`; each sample is one draw of the weights.
+        likelihood: As in `entropy`.
+
+    Returns:
+        Three tensors `[batch]`, in nats; the first is the sum of the other two up to rounding, and the
+        mutual information is never negative.
+
+    Raises:
+        ValueError: If `probs` is not three-dimensional.
+    """
+    expected = expected_entropy(probs, likelihood=likelihood)
     total = entropy(probs.mean(dim=1), likelihood=likelihood)
-    return (total - expected_entropy(probs, likelihood=likelihood)).clamp_min(0.0)
+    return total, expected, (total - expected).clamp_min(0.0)
 
 
 def _check_samples(probs: Tensor) -> None:

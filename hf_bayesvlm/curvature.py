@@ -17,7 +17,8 @@ and two weighted Gram matrices do the whole work: $O(C D)$ a row, memory $O(\tex
 
 The covariance $M$ of a confident softmax is tiny while its textbook terms
 $Y^\top \mathrm{diag}(p) Y$ and $m m^\top$ are not.  Every row is therefore centred on its most probable
-candidate, for which all terms are of the order of the probability of the *other* candidates.
+candidate, for which all terms are of the order of the probability of the *other* candidates, after the
+mean of all candidates was taken off.
 """
 
 from __future__ import annotations
@@ -225,6 +226,10 @@ def _ggn_sum(
     _check_embeddings(source, target)
     dtype = _compute_dtype(source)
     targets = torch.nn.functional.normalize(target.to(dtype), dim=1, eps=0.0)
+    if likelihood == "softmax":
+        # A covariance does not see a shift of all candidates, and their common part (large for CLIP,
+        # whose texts lie in a cone) would only be cancelled.
+        targets -= targets.mean(dim=0)
     num_rows, num_features = source.shape
     if chunk_size is None:
         chunk_size = max(16, _CHUNK_ELEMENTS // targets.shape[0])

@@ -32,6 +32,10 @@ _LOG_BOUND = 60.0
 _RANK_TOLERANCE = 1e-6
 
 
+class NoMaximumError(ValueError):
+    """The objective has no maximum: too many eigenvalues of the factors are zero."""
+
+
 def optimize_prior_precision(
     A: Tensor,
     B: Tensor,
@@ -55,8 +59,9 @@ def optimize_prior_precision(
         The maximiser, a positive float.
 
     Raises:
-        ValueError: For damaged factors, non-positive scalars, an unknown objective or damping, or when the
-            objective has no maximum (its factors are then mostly zero).
+        NoMaximumError: If the factors have so few non-zero eigenvalues that the objective only falls; this
+            is a `ValueError`.
+        ValueError: For damaged factors, non-positive scalars, or an unknown objective or damping.
 
     Example:
         >>> import torch
@@ -74,7 +79,7 @@ def optimize_prior_precision(
     )
     # The limit is a multiple of a quarter: anything this small is the rounding of a zero.
     if slope(-_LOG_BOUND) <= 1e-12 * alpha.numel() * beta.numel():
-        raise ValueError(
+        raise NoMaximumError(
             f"the {objective} objective has no maximum for these factors: too many of their "
             "eigenvalues are zero. Estimate the posterior from more pairs, or set the prior precision by hand"
         )

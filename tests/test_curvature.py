@@ -579,3 +579,14 @@ def test_accumulator_refuses_what_it_cannot_mean():
     with pytest.raises(ValueError, match="no pairs yet"):
         CurvatureAccumulator("softmax", 10.0).factors()
     assert CurvatureAccumulator("softmax", 10.0, torch.tensor(0.0)).num_pairs == 0
+
+
+def test_candidates_in_a_narrow_cone_keep_their_digits(generator: torch.Generator) -> None:
+    # The texts of a real CLIP have a large common part, which must not eat the digits of float32.
+    common = torch.randn(1, 16, generator=generator, dtype=torch.float64)
+    target = common + 1e-3 * torch.randn(40, 16, generator=generator, dtype=torch.float64)
+    source = torch.randn(20, 16, generator=generator, dtype=torch.float64)
+    exact = info_nce_ggn(source, target, 10.0)
+    single = info_nce_ggn(source.float(), target.float(), 10.0).double()
+    assert (single - exact).norm() < 1e-3 * exact.norm()
+    assert torch.linalg.eigvalsh(single)[0] > -1e-5 * torch.linalg.eigvalsh(exact)[-1]

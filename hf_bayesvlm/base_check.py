@@ -1,0 +1,99 @@
+"""Does a posterior belong to a model?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from .curvature import Likelihood
+from .fingerprint import Fingerprint, fingerprint_projections, fingerprints_match
+from .posterior import BayesVLMPosterior
+from .posterior_files import PosteriorError
+
+
+def fit_to_base(
+    posterior: BayesVLMPosterior,
+    *,
+    likelihood: Likelihood,
+    weights: dict[str, Tensor],
+    fingerprint: Fingerprint,
+    base_name: str,
+    base_path: str | None,
+    strict: bool,
+) -> BayesVLMPosterior:
+    """Check a posterior against its base and note what it did not know about it.
+
+    Args:
+        posterior: The posterior.
+        likelihood: Of the base.
+        weights: MAP weights of the `"image"` and `"text"` projection, biases as last column.
+        fingerprint: Of the base's projections.
+        base_name: What to call the base in errors.
+        base_path: Hub id or folder of the base, if known.
+        strict: Refuse a posterior that was estimated for other weights of the same shapes.
+
+    Returns:
+        The posterior with the norms of the weights, and with the base's fingerprint and path where it
+        had none.
+
+    Raises:
+        PosteriorError: If likelihood, shapes or fingerprint do not fit.
+    """
+    if posterior.likelihood != likelihood:
+        raise PosteriorError(
+            f"the posterior is for a {posterior.likelihood} likelihood, {base_name} has a {likelihood} "
+            "likelihood"
+        )
+    for name, weight in weights.items():
+        expected = getattr(posterior, name).shape
+        if tuple(weight.shape) != expected:
+            raise PosteriorError(
+                f"the {name} posterior is for a projection of shape {expected}, {base_name} has "
+                f"{tuple(weight.shape)}. "
+                f"The posterior was estimated for {posterior.base_model or 'another model'}"
+            )
+    known = posterior.fingerprint
+    if strict and known is not None and not fingerprints_match(known, fingerprint):
+        raise PosteriorError(
+            f"the posterior was estimated for other weights ({posterior.base_model or 'an unnamed model'}, "
+            f"revision {posterior.revision or 'unknown'}). Load that base, estimate a posterior for this "
+            "one, or pass strict_base=False to use it all the same"
+        )
+    image, text = (
+        replace(
+            getattr(posterior, name),
+            weight_norm_squared=float(weights[name].double().square().sum()),
+        )
+        for name in ("image", "text")
+    )
+    return replace(
+        posterior,
+        image=image,
+        text=text,
+        fingerprint=known or fingerprint,
+        base_model=posterior.base_model or base_path,
+    )
+
+
+def base_fingerprint(*projection_tensors: Tensor | None) -> Fingerprint:
+    """Fingerprint of the weights and biases of both projections, image first.
+
+    Args:
+        *projection_tensors: Weight and bias (or None) of the image, then of the text projection.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        PosteriorError: If they are not in memory, or contain NaN or infinity.
+    """
+    if any(tensor is not None and tensor.is_meta for tensor in projection_tensors):
+        raise PosteriorError(
+            "the model's projections are not in memory (offloaded or on the meta device): load the model "
+            "without offloading to put a posterior on it"
+        )
+    try:
+        return fingerprint_projections(*projection_tensors)
+    except ValueError as error:
+        raise PosteriorError(str(error)) from error
