@@ -4,19 +4,32 @@ from ._version import __version__
 from .backbones import UnsupportedBackboneError
 from .configuration_bayesvlm import BayesVLMConfig
 from .cosine import GaussianEmbedding
+from .embedded import EMBEDDED_MODEL, SampleImage, sample_images
+from .estimation import estimate_posterior
+from .images import ImageInputError
 from .modeling_bayesvlm import BayesVLMForZeroShot, BayesVLMOutput
-from .posterior import BayesVLMPosterior
+from .pipeline import BayesVLMZeroShotImageClassificationPipeline
+from .posterior import BayesVLMPosterior, ModalityPosterior
 from .posterior_files import PosteriorError
-from .posterior_modality import ModalityPosterior
+from .registration import register
+
+register()
 
 __all__ = [
+    "EMBEDDED_MODEL",
     "BayesVLMConfig",
     "BayesVLMForZeroShot",
     "BayesVLMOutput",
     "BayesVLMPosterior",
+    "BayesVLMZeroShotImageClassificationPipeline",
     "GaussianEmbedding",
+    "ImageInputError",
     "ModalityPosterior",
     "PosteriorError",
+    "SampleImage",
     "UnsupportedBackboneError",
     "__version__",
+    "estimate_posterior",
+    "register",
+    "sample_images",
 ]

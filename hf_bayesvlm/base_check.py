@@ -19,7 +19,7 @@ def fit_to_base(
     weights: dict[str, Tensor],
     fingerprint: Fingerprint,
     base_name: str,
-    base_path: str | None,
+    base_model: str | None,
     strict: bool,
 ) -> BayesVLMPosterior:
     """Check a posterior against its base and note what it did not know about it.
@@ -30,11 +30,11 @@ def fit_to_base(
         weights: MAP weights of the `"image"` and `"text"` projection, biases as last column.
         fingerprint: Of the base's projections.
         base_name: What to call the base in errors.
-        base_path: Hub id or folder of the base, if known.
+        base_model: Hub id of the base, if known.
         strict: Refuse a posterior that was estimated for other weights of the same shapes.
 
     Returns:
-        The posterior with the norms of the weights, and with the base's fingerprint and path where it
+        The posterior with the norms of the weights, and with the base's fingerprint and id where it
         had none.
 
     Raises:
@@ -72,7 +72,7 @@ def fit_to_base(
         image=image,
         text=text,
         fingerprint=known or fingerprint,
-        base_model=posterior.base_model or base_path,
+        base_model=posterior.base_model or base_model,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .posterior_files import CHOICES, check_config
+from .posterior_files import CHOICES, check_config, hub_id
 
 MODEL_TYPE = "bayesvlm"
 
@@ -68,6 +68,14 @@ class BayesVLMConfig(PreTrainedConfig):
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {self.num_samples}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_dict`; folders of this machine are not written into a shared file."""
+        output = super().to_dict()
+        base = output["vlm_config"]
+        if isinstance(base, dict) and "_name_or_path" in base:
+            base["_name_or_path"] = hub_id(base["_name_or_path"]) or ""
+        return output
+
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:
         """Lets `attn_implementation` and `dtype` reach the base model's configuration."""
@@ -96,7 +104,7 @@ class BayesVLMConfig(PreTrainedConfig):
         wrapped = wrap_config_dict(config_dict)
         if wrapped.get("vlm_config") is not None and "vlm_config" not in config_dict:
             # Which base a posterior is estimated for.
-            wrapped["vlm_config"]["_name_or_path"] = str(pretrained_model_name_or_path)
+            wrapped["vlm_config"]["_name_or_path"] = hub_id(pretrained_model_name_or_path) or ""
         return wrapped, kwargs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,7 +34,7 @@ from .kronecker import KroneckerGaussian
 from .outputs import BayesVLMOutput, contrastive_loss
 from .posterior import BayesVLMPosterior
 from .posterior_buffers import PosteriorBuffers
-from .posterior_files import PosteriorError
+from .posterior_files import PosteriorError, hub_id
 from .predictive import probit_logits
 from .tower_inputs import check_finite, split_inputs
 
@@ -153,9 +154,13 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
             The model, in evaluation mode.
 
         Raises:
+            FileNotFoundError: If it is written like a path and there is no such folder.
             PosteriorError: If the configuration announces a posterior that the weights lack.
-            OSError: If there is no such folder or repository.
+            OSError: If there is no such repository, or it holds no model.
         """
+        source = pretrained_model_name_or_path
+        if source is not None and hub_id(source) is None and not Path(source).exists():
+            raise FileNotFoundError(f"no folder {str(source)!r}, and it is not a Hub id")
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig) and not hasattr(config, "vlm_config"):
             kwargs["config"] = BayesVLMConfig(vlm_config=copy.deepcopy(config), dtype=config.dtype)
@@ -207,7 +212,7 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
                 fingerprint=self.base_fingerprint(),
                 weights=self.projection_weights(),
                 base_name=type(self.vlm).__name__,
-                base_path=self.config.vlm_config.name_or_path or None,
+                base_model=hub_id(self.config.vlm_config.name_or_path),
                 strict=strict_base,
             )
             config = posterior.to_config()

@@ -84,6 +84,22 @@ def check_config(config: Any) -> None:
             raise PosteriorError(f"posterior config: {name} must be an object")
 
 
+def hub_id(source: str | os.PathLike[str] | None) -> str | None:
+    """What names a model or posterior, if it can be a Hub id; None for a path.
+
+    Args:
+        source: As users give it, or as transformers keeps it in `name_or_path`.
+
+    Returns:
+        The id, or None for nothing, an existing file or folder, or anything written like a path.
+    """
+    text = str(source or "")
+    written_as_path = Path(text).is_absolute() or text.startswith((".", "~")) or "\\" in text
+    if not text or written_as_path or text.count("/") > 1 or Path(text).exists():
+        return None
+    return text
+
+
 def read_posterior_files(
     source: str | os.PathLike[str], download: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -165,7 +181,7 @@ def _resolve_file(source: str | os.PathLike[str], filename: str, download: dict[
         if not file.is_file():
             raise FileNotFoundError(f"{folder} holds no posterior: {filename} is missing")
         return file
-    if folder.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+    if hub_id(text) is None or "/" not in text:
         raise FileNotFoundError(f"no folder {text!r}, and it is not a Hub id of the form user/name")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -366,16 +366,26 @@ def test_from_vlm_saves_like_any_model(family, tmp_path):
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
-def test_from_vlm_knows_where_the_base_is_from(tmp_path):
-    tiny.tiny_vlm("clip").save_pretrained(tmp_path)
-    model = BayesVLMForZeroShot.from_vlm(tmp_path)
-    model.set_posterior(tiny.random_posterior(model))
-    assert model.posterior.base_model == str(tmp_path)
-    around = BayesVLMForZeroShot.from_vlm(AutoModel.from_pretrained(tmp_path))
-    assert around.name_or_path == str(tmp_path)
-    around.set_posterior(tiny.random_posterior(around))
-    assert around.posterior.base_model == str(tmp_path)
+def test_a_hub_id_is_noted_as_the_base_and_a_folder_is_not(tmp_path):
+    tiny.tiny_vlm("clip").save_pretrained(tmp_path / "base")
+    model = BayesVLMForZeroShot.from_vlm(tmp_path / "base")
+    around = BayesVLMForZeroShot.from_vlm(AutoModel.from_pretrained(tmp_path / "base"))
+    for each in (model, around):
+        each.set_posterior(tiny.random_posterior(each))
+        assert each.posterior.base_model is None
+        each.save_pretrained(tmp_path / "bundle")
+        assert str(tmp_path) not in (tmp_path / "bundle" / "config.json").read_text()
+    assert around.name_or_path == str(tmp_path / "base")
     assert around.posterior.fingerprint == model.posterior.fingerprint
+    around.config.vlm_config.name_or_path = "user/base"
+    around.set_posterior(tiny.random_posterior(around))
+    assert around.posterior.base_model == "user/base"
+
+
+@pytest.mark.parametrize("source", ["./missing", "/missing/folder", "~/missing", "a/b/c"])
+def test_a_missing_folder_is_named(source):
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        BayesVLMForZeroShot.from_pretrained(source)
 
 
 def test_from_vlm_with_a_posterior_folder(tmp_path):

@@ -1,0 +1,241 @@
+"""Speed ratios, measured side by side in one run.
+
+    python scripts/benchmark.py --json build/benchmark.json
+
+Each pair of competitors is timed in turn, A B A B ..., and the medians are divided: a machine that slows
+down slows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, pipeline
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+import hf_bayesvlm
+from hf_bayesvlm import BayesVLMForZeroShot, BayesVLMPosterior, ModalityPosterior
+from hf_bayesvlm.curvature import info_nce_ggn
+from hf_bayesvlm.label_cache import LabelSet
+from hf_bayesvlm.pipeline import TASK, image_uncertainty
+from hf_bayesvlm.predictive import predictive_probs, probit_logits
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the table.
+
+    Attributes:
+        name: What is compared.
+        baseline: What it is compared with.
+        baseline_seconds: Median time of the baseline.
+        seconds: Median time of ours.
+        ratio: Baseline over ours, or a share where `target` says "<=".
+        target: What the project asks for.
+    """
+
+    name: str
+    baseline: str
+    baseline_seconds: float
+    seconds: float
+    ratio: float
+    target: str
+
+
+def interleaved(
+    first: Callable[[], Any], second: Callable[[], Any], runs: int
+) -> tuple[float, float]:
+    """Median seconds of two functions that are timed in turn, after one run of each to warm up."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for run in range(runs + 1):
+        for function, record in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            function()
+            if run:
+                record.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def random_clip(seed: int = 0) -> CLIPModel:
+    """A CLIP of the size of ViT-B/32 with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return CLIPModel(CLIPConfig()).eval()
+
+
+def random_posterior(model: BayesVLMForZeroShot, seed: int = 0) -> BayesVLMPosterior:
+    """A posterior with random factors of the right size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def factor(size: int) -> Tensor:
+        root = torch.randn(size, size, generator=generator)
+        return root @ root.T
+
+    parts = {
+        name: ModalityPosterior(factor(w.shape[1]), factor(w.shape[0]), 1.0, 1000.0)
+        for name, w in model.projection_weights().items()
+    }
+    return BayesVLMPosterior(parts["image"], parts["text"], likelihood="softmax")
+
+
+def bench_pipelines(clip: CLIPModel, model: BayesVLMForZeroShot, runs: int) -> Comparison:
+    """Our pipeline with a posterior against the stock pipeline with the plain model, 100 labels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 320, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    labels = [f"class number {i}" for i in range(100)]
+    tools: dict[str, Any] = {
+        "tokenizer": AutoTokenizer.from_pretrained(hf_bayesvlm.EMBEDDED_MODEL),
+        "image_processor": CLIPImageProcessorPil(),
+        "device": "cpu",
+    }
+    stock = pipeline("zero-shot-image-classification", model=clip, **tools)
+    ours = pipeline(TASK, model=model, **tools)  # type: ignore[call-overload]
+    stock_seconds, our_seconds = interleaved(
+        lambda: stock(image, candidate_labels=labels),
+        lambda: ours(image, candidate_labels=labels, return_uncertainty=True),
+        runs,
+    )
+    return Comparison(
+        "our pipeline with uncertainties, per image",
+        "stock pipeline, plain CLIP ViT-B/32, 100 labels",
+        stock_seconds,
+        our_seconds,
+        stock_seconds / our_seconds,
+        ">= 8",
+    )
+
+
+def bench_head(model: BayesVLMForZeroShot, runs: int, *, uncertainty: bool) -> Comparison:
+    """Everything after the towers against the image tower, batch of 8, 100 labels."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(8, 3, 224, 224, generator=generator)
+    ids = torch.randint(0, 2000, (100, 12), generator=generator)
+    with torch.no_grad():
+        text = model.encode_text(input_ids=ids)
+        image = model.encode_image(pixel_values=pixels)
+    labels = LabelSet(tuple(map(str, range(100))), text)
+    run_image_tower: Callable[..., Any] = cast(Any, model.vlm).get_image_features
+
+    def tower() -> None:
+        with torch.no_grad():
+            run_image_tower(pixel_values=pixels)
+
+    def head() -> None:
+        with torch.no_grad():
+            rows = model._gaussian(image.mean, image.features, "image")
+            mean, var = model.similarity(rows, text)
+            predictive_probs(probit_logits(mean, var), model.likelihood)
+            if uncertainty:
+                image_uncertainty(model, rows, labels, model.config.num_samples)
+
+    tower_seconds, head_seconds = interleaved(tower, head, runs)
+    samples = f" and entropies of {model.config.num_samples} samples" if uncertainty else ""
+    return Comparison(
+        f"Bayesian head: covariance, mean, variance, probit{samples}",
+        "image tower of ViT-B/32, batch 8",
+        tower_seconds,
+        head_seconds,
+        head_seconds / tower_seconds,
+        "<= 0.03",
+    )
+
+
+def textbook_ggn(source: Tensor, target: Tensor, scale: float, chunk: int = 4) -> Tensor:
+    """The batched formula as written: one [features, features] matrix a row."""
+    target = torch.nn.functional.normalize(target, dim=1)
+    eye = torch.eye(source.shape[1], dtype=source.dtype)
+    total = torch.zeros_like(eye)
+    for rows in source.split(chunk):
+        norms = rows.norm(dim=1)[:, None]
+        unit = rows / norms
+        jacobian = (eye - unit[:, :, None] * unit[:, None, :]) / norms[:, :, None]
+        probs = (scale * unit @ target.T).softmax(dim=1)
+        mean = probs @ target
+        inner = (probs[:, :, None] * target).mT @ target - mean[:, :, None] * mean[:, None, :]
+        total += (scale**2 * jacobian @ inner @ jacobian).sum(dim=0)
+    return total
+
+
+def bench_curvature(runs: int, features: int = 512, candidates: int = 16384) -> Comparison:
+    """Curvature of one row by GEMMs against the batched formula."""
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(2048, features, generator=generator)
+    target = torch.randn(candidates, features, generator=generator)
+    rows = 8
+    expected = textbook_ggn(source[:rows].double(), target.double(), 100.0)
+    error = (info_nce_ggn(source[:rows], target, 100.0) - expected).norm() / expected.norm()
+    assert error < 1e-4, f"the two formulas disagree: {error}"
+    slow, fast = interleaved(
+        lambda: textbook_ggn(source[:rows], target, 100.0),
+        lambda: info_nce_ggn(source, target, 100.0),
+        runs,
+    )
+    slow, fast = slow / rows, fast / source.shape[0]
+    name = f"info_nce_ggn, per row, D = {features}, C = {candidates:,}"
+    return Comparison(name, "batched textbook formula", slow, fast, slow / fast, ">= 100")
+
+
+def print_table(comparisons: list[Comparison]) -> None:
+    """Print the comparisons."""
+    table = Table(title="hf_bayesvlm, side by side")
+    for column in ("ours", "against", "its ms", "our ms", "ratio", "target"):
+        table.add_column(column, justify="right" if column not in ("ours", "against") else "left")
+    for row in comparisons:
+        table.add_row(
+            row.name,
+            row.baseline,
+            f"{1e3 * row.baseline_seconds:.3f}",
+            f"{1e3 * row.seconds:.3f}",
+            f"{row.ratio:.4f}" if row.ratio < 1 else f"{row.ratio:.1f}",
+            row.target,
+        )
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each competitor")
+    options = parser.parse_args(arguments)
+    clip = random_clip()
+    model = BayesVLMForZeroShot.from_vlm(random_clip())
+    model.set_posterior(random_posterior(model))
+    comparisons = [
+        bench_pipelines(clip, model, options.runs),
+        bench_head(model, 3 * options.runs, uncertainty=False),
+        bench_head(model, 3 * options.runs, uncertainty=True),
+        bench_curvature(max(3, options.runs // 2)),
+    ]
+    print_table(comparisons)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.processor() or platform.machine(),
+            "comparisons": [asdict(row) for row in comparisons],
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
