@@ -95,6 +95,19 @@ def watch_projections(vlm: nn.Module, spec: BackboneSpec) -> None:
             module.register_forward_pre_hook(_record_input)
 
 
+def unwatch_projections(vlm: nn.Module, spec: BackboneSpec) -> None:
+    """Take the hooks of `watch_projections` off again.
+
+    Args:
+        vlm: The vision-language model.
+        spec: From `inspect_backbone`.
+    """
+    for name in (spec.image_projection, spec.text_projection):
+        hooks = vlm.get_submodule(name)._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _record_input]:
+            del hooks[key]
+
+
 def run_tower(
     projection: nn.Linear, tower: Callable[..., Any], inputs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -88,23 +89,29 @@ class BaseAccess:
     def text_weights_stamp(self) -> tuple[Any, ...]:
         """Changes whenever a weight of the text tower is changed or replaced.
 
-        Edits through `.data`, which PyTorch does not count, are seen by one value a weight.
+        Edits through `.data`, which PyTorch does not count, are seen by one value of every matrix.
         """
         weights = [
             weight
-            for name, weight in self.vlm.named_parameters()
+            for name, child in self.vlm.named_children()
             if "vision" not in name and "visual" not in name
+            for module in child.modules()
+            for weight in module._parameters.values()
+            if weight is not None
         ]
+        weights += [weight for weight in self.vlm._parameters.values() if weight is not None]
         counts = tuple(
             (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
             for weight in weights
         )
         seen = [
-            weight.detach().flatten()[weight.numel() // 2].double()
+            weight.detach().reshape(-1)[weight.numel() // 2]
             for weight in weights
-            if weight.numel() and not weight.is_meta
+            if weight.ndim != 1 and weight.numel() and not weight.is_meta
         ]
-        values = torch.stack([value.to(seen[0].device) for value in seen]).tolist() if seen else []
+        if len({(value.dtype, value.device) for value in seen}) > 1:
+            seen = [value.double().to(seen[0].device) for value in seen]
+        values = torch.stack(seen).tolist() if seen else []
         # As text, so that NaN equals itself.
         return hash(counts), tuple(map(str, values))
 
@@ -118,6 +125,19 @@ def in_memory(module: nn.Module, name: str) -> Tensor | None:
 
     with align_module_device(module):
         return cast(Tensor, getattr(module, name)).detach().clone()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off for a while, and every module back to the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -54,7 +54,8 @@ def fit_to_base(
                 f"The posterior was estimated for {posterior.base_model or 'another model'}"
             )
     known = posterior.fingerprint
-    if strict and known is not None and not fingerprints_match(known, fingerprint):
+    belongs = _belongs(posterior, fingerprint, base_model)
+    if strict and belongs is False:
         raise PosteriorError(
             f"the posterior was estimated for other weights ({posterior.base_model or 'an unnamed model'}, "
             f"revision {posterior.revision or 'unknown'}). Load that base, estimate a posterior for this "
@@ -67,13 +68,32 @@ def fit_to_base(
         )
         for name in ("image", "text")
     )
+    if belongs is False:
+        # From here on it is this base's; where it comes from is not forgotten.
+        origin = {"base_model": posterior.base_model, "fingerprint": known}
+        provenance = posterior.provenance | {"estimated_for": origin}
+        posterior = replace(
+            posterior, provenance=provenance, base_model=base_model, revision=None, fingerprint=None
+        )
     return replace(
         posterior,
         image=image,
         text=text,
-        fingerprint=known or fingerprint,
+        # Not certified where neither a fingerprint nor an id says that it belongs here.
+        fingerprint=None if belongs is None else posterior.fingerprint or fingerprint,
         base_model=posterior.base_model or base_model,
     )
+
+
+def _belongs(
+    posterior: BayesVLMPosterior, fingerprint: Fingerprint, base_model: str | None
+) -> bool | None:
+    """Whether a posterior was estimated for these weights; None where nothing can tell."""
+    if posterior.fingerprint is not None:
+        return fingerprints_match(posterior.fingerprint, fingerprint)
+    if posterior.base_model is None:
+        return True
+    return None if base_model is None else posterior.base_model == base_model
 
 
 def base_fingerprint(*projection_tensors: Tensor | None) -> Fingerprint:

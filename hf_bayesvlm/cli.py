@@ -17,6 +17,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from .plotting import MAX_ROWS, plot_predictions
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 DEFAULT_THRESHOLD = 0.5
 _GLOB_CHARACTERS = "*?["
+_THUMBNAIL = (512, 512)
 _BAR_WIDTH = 24
 
 
@@ -38,7 +41,7 @@ class Classified:
 
     Attributes:
         name: As the user gave it.
-        image: The loaded image; None if it could not be used.
+        image: A small copy for the plot, where one is asked for.
         result: From the pipeline, with `return_uncertainty=True`.
         error: Why it could not be used.
     """
@@ -111,7 +114,9 @@ def classify(
         options = _checked_options(labels, template, top_k)
         _check_plot(plot)
         pipe = _load_pipeline(model, posterior, device)
-        _classify_all(pipe, items, options, batch_size, stderr)
+        _classify_all(
+            pipe, items, options, batch_size, stderr, keep=0 if plot is None else MAX_ROWS
+        )
         for item in items:
             if item.error is not None:
                 _print_error(stderr, item.error)
@@ -209,8 +214,13 @@ def _load_pipeline(model: str | None, posterior: str | None, device: str | None)
     from transformers import pipeline
     from transformers.utils.logging import disable_progress_bar
 
-    from . import EMBEDDED_MODEL, BayesVLMForZeroShot
+    from .embedded import EMBEDDED_MODEL
+    from .modeling_bayesvlm import BayesVLMForZeroShot
     from .pipeline import TASK
+    from .registration import register
+
+    register()
+    _check_device(device)
 
     disable_progress_bar()
     name = model or EMBEDDED_MODEL
@@ -220,25 +230,48 @@ def _load_pipeline(model: str | None, posterior: str | None, device: str | None)
     )
 
 
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # The first line says it; the rest is about PyTorch's build.
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from error
+
+
 def _classify_all(
-    pipe: Any, items: list[Classified], options: dict[str, Any], batch_size: int, stderr: Console
+    pipe: Any,
+    items: list[Classified],
+    options: dict[str, Any],
+    batch_size: int,
+    stderr: Console,
+    keep: int,
 ) -> None:
+    """Fill in the results, holding one batch of images at a time and small copies of the first `keep`."""
     from .images import ImageInputError, load_rgb_image
 
     with Progress(console=stderr, transient=True, disable=len(items) <= batch_size) as progress:
         task = progress.add_task("classifying", total=len(items))
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
+            good: list[tuple[Classified, Image.Image]] = []
             for item in batch:
                 try:
-                    item.image = load_rgb_image(item.name)
+                    good.append((item, load_rgb_image(item.name)))
                 except (ImageInputError, OSError) as error:
                     # The others are still classified; the exit code tells.
                     item.error = str(error)
-            good = [item for item in batch if item.image is not None]
-            results = pipe([item.image for item in good], batch_size=batch_size, **options)
-            for item, result in zip(good, results, strict=True):
+            results = pipe([image for _, image in good], batch_size=batch_size, **options)
+            for (item, image), result in zip(good, results, strict=True):
                 item.result = result
+                if keep > 0:
+                    keep -= 1
+                    item.image = image.copy()
+                    item.image.thumbnail(_THUMBNAIL)
             progress.advance(task, len(batch))
 
 
@@ -283,15 +316,17 @@ def _headline(item: Classified, threshold: float) -> str:
 
 
 def _write_plot(items: list[Classified], plot: Path, threshold: float) -> None:
-    from .plotting import plot_predictions
-
-    shown = [item for item in items if item.image is not None and item.result is not None]
+    shown = [item for item in items if item.result is not None]
+    if not shown:
+        raise ValueError("no image could be used: there is nothing to plot")
+    drawn = [item for item in shown if item.image is not None]
     plot_predictions(
-        [item.image for item in shown if item.image is not None],
-        [item.result for item in shown if item.result is not None],
-        [Path(item.name).stem for item in shown],
+        [item.image for item in drawn if item.image is not None],
+        [item.result for item in drawn if item.result is not None],
+        [Path(item.name).stem for item in drawn],
         plot,
-        unsure=[item.unsure(threshold) for item in shown],
+        unsure=[item.unsure(threshold) for item in drawn],
+        total=len(shown),
     )
 
 

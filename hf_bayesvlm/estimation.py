@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .backbones import unwatch_projections
+from .base_access import evaluation_mode
 from .cosine import CovarianceForm, GaussianEmbedding, Modalities
 from .curvature import CurvatureAccumulator
 from .images import load_rgb_image
@@ -57,12 +59,14 @@ def estimate_posterior(
     batch_size: int = 64,
     max_pairs: int | None = None,
     pseudo_data_count: float = 1.0,
-    objective: Objective = "reference",
+    objective: Objective | None = None,
     covariance: CovarianceForm = "diagonal",
     damping: Damping = "factored",
     modalities: Modalities = "both",
     base_model: str | None = None,
     revision: str | None = None,
+    dataset_name: str | None = None,
+    dataset_revision: str | None = None,
     progress: bool = True,
 ) -> BayesVLMPosterior:
     r"""Estimate the Laplace posterior of a vision-language model from image-text pairs.
@@ -80,13 +84,16 @@ def estimate_posterior(
         batch_size: Pairs that go through the towers at once.
         max_pairs: Stop after this many pairs.
         pseudo_data_count: How often the pairs are counted (tau).
-        objective: How the prior precisions are chosen, `"reference"` or `"evidence"`.  The reference objective
-            has no maximum for fewer pairs than features; the evidence is taken then, with a warning.
+        objective: How the prior precisions are chosen, `"reference"` or `"evidence"`.  By default the
+            reference, and the evidence (with a warning) where the reference has no maximum, which happens
+            for fewer pairs than features; always the evidence for exact damping.
         covariance: `"diagonal"` or `"full"`.
         damping: `"factored"` or `"exact"`.
         modalities: Whose uncertainty counts.
         base_model: Hub id to note as the base; by default the one the model was loaded from.
         revision: Revision of the base to note.
+        dataset_name: Name or Hub id of the pairs to note; by default what the data set says of itself.
+        dataset_revision: Revision of the pairs to note.
         progress: Show a progress bar.
 
     Returns:
@@ -133,7 +140,9 @@ def estimate_posterior(
     num_pairs = accumulators["image"].num_pairs
     if num_pairs < 2:
         raise ValueError(f"the data set gave {num_pairs} usable pairs: at least 2 are needed")
-    parts, objective = _modalities(vlm, accumulators, pseudo_data_count, objective, damping)
+    if vlm is not model:
+        unwatch_projections(vlm.vlm, vlm.backbone)
+    parts, chosen = _modalities(vlm, accumulators, pseudo_data_count, objective, damping)
     return BayesVLMPosterior(
         image=parts["image"],
         text=parts["text"],
@@ -141,13 +150,14 @@ def estimate_posterior(
         covariance=covariance,
         damping=damping,
         modalities=modalities,
-        objective=objective,
+        objective=chosen,
         base_model=base_model or hub_id(vlm.config.vlm_config.name_or_path or vlm.name_or_path),
         revision=revision,
         fingerprint=fingerprint,
         num_pairs=num_pairs,
         contrast_size=min(contrast_size, num_pairs),
-        dataset=getattr(getattr(dataset, "info", None), "dataset_name", None),
+        dataset=dataset_name or getattr(getattr(dataset, "info", None), "dataset_name", None),
+        dataset_revision=dataset_revision,
         provenance={"image_column": image_column, "text_column": text_column},
     )
 
@@ -190,11 +200,12 @@ def embed_pairs(
             texts = [_caption(row, text_column, number) for number, row in batch]
             pixels = processor.image_processor(images=images, return_tensors="pt")
             tokens = processor.tokenizer(texts, return_tensors="pt", **settings)
-            with torch.no_grad():
-                yield PairEmbeddings(
+            with torch.no_grad(), evaluation_mode(model):
+                embedded = PairEmbeddings(
                     image=model.encode_image(**pixels.to(model.device, model.dtype)),
                     text=model.encode_text(**tokens.to(model.device)),
                 )
+            yield embedded
             bar.update(len(batch))
 
 
@@ -210,23 +221,24 @@ def _modalities(
     model: BayesVLMForZeroShot,
     accumulators: dict[str, CurvatureAccumulator],
     pseudo_data_count: float,
-    objective: Objective,
+    objective: Objective | None,
     damping: Damping,
 ) -> tuple[dict[str, ModalityPosterior], Objective]:
     """The parts of the posterior, and the objective their prior precisions were chosen by."""
+    chosen: Objective = objective or ("evidence" if damping == "exact" else "reference")
     try:
         parts = {
-            name: _modality(model, name, accumulator, pseudo_data_count, objective, damping)
+            name: _modality(model, name, accumulator, pseudo_data_count, chosen, damping)
             for name, accumulator in accumulators.items()
         }
     except NoMaximumError as error:
-        if objective == "evidence":
+        if objective is not None or chosen == "evidence":
             raise
         logger.warning(
             f"{error}. The prior precisions of this posterior are chosen by objective='evidence'."
         )
         return _modalities(model, accumulators, pseudo_data_count, "evidence", damping)
-    return parts, objective
+    return parts, chosen
 
 
 def _modality(

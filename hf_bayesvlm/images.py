@@ -8,7 +8,6 @@ import http.client
 import io
 import os
 import urllib.request
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +143,12 @@ def _open_file(path: Path) -> Image.Image:
 
 def _decode(stream: Any, name: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns up to twice its limit; an image of that size is refused here.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(stream) as image:
-                return to_rgb(image, name=name)
+        with Image.open(stream) as image:
+            # Pillow only warns up to twice its limit; nothing is decoded before this.
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            return to_rgb(image, name=name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageInputError(
             f"{name} is too large to be decoded safely ({error}): scale it down first"

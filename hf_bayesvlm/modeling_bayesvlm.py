@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -30,6 +31,7 @@ from .cosine import (
     gaussian_embedding,
     prob_cosine,
 )
+from .fingerprint import fingerprints_match
 from .kronecker import KroneckerGaussian
 from .outputs import BayesVLMOutput, contrastive_loss
 from .posterior import BayesVLMPosterior
@@ -118,14 +120,15 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
                 f"vlm must be a transformers model, a folder or a Hub id, not {type(vlm).__name__}"
             )
         if posterior is not None:
-            if not isinstance(posterior, BayesVLMPosterior):
+            # Not by the posterior's class: remote code has classes of its own.
+            if isinstance(posterior, (str, os.PathLike)):
                 posterior = BayesVLMPosterior.from_pretrained(posterior)
             model.set_posterior(posterior, strict_base=strict_base)
         return model
 
     @classmethod
     def _around(cls, vlm: PreTrainedModel) -> BayesVLMForZeroShot:
-        if isinstance(vlm, BayesVLMForZeroShot):
+        if hasattr(vlm, "encode_image"):
             raise TypeError("the model is a BayesVLMForZeroShot already: use model.set_posterior()")
         inspect_backbone(vlm)
         config = BayesVLMConfig(vlm_config=copy.deepcopy(vlm.config), dtype=vlm.dtype)
@@ -164,7 +167,13 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
         config = kwargs.get("config")
         if isinstance(config, PreTrainedConfig) and not hasattr(config, "vlm_config"):
             kwargs["config"] = BayesVLMConfig(vlm_config=copy.deepcopy(config), dtype=config.dtype)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of {pretrained_model_name_or_path} cannot be read ({error}): they are "
+                "truncated or damaged; download or save them again"
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.factors is not None and not model.factors.is_complete():
             raise PosteriorError(
@@ -172,6 +181,7 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
                 "are not among the weights or are damaged. Save the bundle again with "
                 "model.save_pretrained(), or load the base model and set the posterior on it"
             )
+        model.warn_other_base()
         return loaded
 
     # ------------------------------------------------------------------ the posterior
@@ -399,6 +409,17 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
+    def warn_other_base(self) -> None:
+        """Say that the projections are no longer those that the posterior was estimated for."""
+        stated = (self.config.posterior or {}).get("fingerprint")
+        if stated is None or self.image_projection.weight.is_meta:
+            return
+        if not fingerprints_match(stated, self.base_fingerprint()):
+            logger.warning(
+                "The final projections have changed since the posterior was estimated: its variances "
+                "belong to other weights. Estimate a posterior for these."
+            )
+
     def warn_unfitted(self) -> None:
         """Say once that the model has no posterior."""
         if not self._warned_unfitted:
@@ -434,6 +455,11 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
     def _gaussian(self, mean: Tensor, features: Tensor, modality: str) -> GaussianEmbedding:
         if self.factors is None:
             return gaussian_embedding(mean, features, None)
+        if not self.factors.is_derived:
+            raise PosteriorError(
+                "the configuration announces a posterior, but no factors were loaded: load the bundle "
+                "with from_pretrained(), or call set_posterior()"
+            )
         covariance, device = self.factors.covariance(modality, mean.dtype), self.factors.device
         with torch.autocast(device.type, enabled=False):
             return gaussian_embedding(mean.to(device), features.to(device), covariance)

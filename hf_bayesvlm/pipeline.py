@@ -13,6 +13,7 @@ from transformers import Pipeline
 from transformers.utils import logging
 
 from .acquisition import entropy_decomposition
+from .base_access import evaluation_mode
 from .cosine import GaussianEmbedding
 from .curvature import Likelihood
 from .images import load_rgb_image
@@ -86,7 +87,8 @@ class BayesVLMZeroShotImageClassificationPipeline(Pipeline):
         Returns:
             For each image a list of `{"label", "score", "logit_mean", "logit_std"}`, best first.  With
             `return_uncertainty=True`, `{"predictions": [...], "entropy", "expected_entropy",
-            "mutual_information"}` in nats; entropy is the sum of the other two.
+            "mutual_information"}` in nats; entropy is the sum of the other two.  It is that of the
+            joint Monte Carlo prediction, to which the scores are the probit approximation.
 
         Raises:
             ValueError: For bad labels, templates or options, or NaN in the model.
@@ -165,10 +167,11 @@ class BayesVLMZeroShotImageClassificationPipeline(Pipeline):
             model.warn_unfitted()
         if templates is None:
             templates = check_templates(model.config.hypothesis_template)
-        labels = self.label_cache.get(
-            model, self.tokenizer, candidate_labels, templates, tokenizer_kwargs
-        )
-        image = model.encode_image(**model_inputs)
+        with evaluation_mode(model):
+            labels = self.label_cache.get(
+                model, self.tokenizer, candidate_labels, templates, tokenizer_kwargs
+            )
+            image = model.encode_image(**model_inputs)
         mean, var = model.similarity(image, labels.embedding)
         probs = predictive_probs(probit_logits(mean, var), model.likelihood)
         outputs = {"score": probs, "logit_mean": mean, "logit_std": var.sqrt()}

@@ -9,7 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-_MAX_ROWS = 24
+MAX_ROWS = 24
+"""Images that one picture shows at most."""
+
 _SURE, _UNSURE = "#2a6f97", "#c8791b"
 
 
@@ -36,6 +38,7 @@ def plot_predictions(
     path: str | Path,
     *,
     unsure: Sequence[bool] | None = None,
+    total: int | None = None,
 ) -> None:
     """Draw each image beside its predictive bars with error bars.
 
@@ -45,6 +48,7 @@ def plot_predictions(
         titles: One an image.
         path: Where to write; the ending sets the format.
         unsure: Which images to mark as unsure.
+        total: How many images there were, if not all are passed.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -58,7 +62,7 @@ def plot_predictions(
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'hf_bayesvlm[plot]'") from error
     unsure = unsure or [False] * len(images)
-    rows = min(len(images), _MAX_ROWS)
+    rows = min(len(images), MAX_ROWS)
     columns = 1 if rows <= 3 else 2
     lines = math.ceil(rows / columns)
     bars = max(len(result["predictions"]) for result in results[:rows])
@@ -73,7 +77,8 @@ def plot_predictions(
         picture.set_axis_off()
         axes = figure.add_subplot(grid[line, 2 * column + 1])
         _draw_bars(axes, results[i], titles[i], unsure[i])
-    left_out = f" (first {rows} of {len(images)} images)" if rows < len(images) else ""
+    total = max(len(images), total or 0)
+    left_out = f" (first {rows} of {total} images)" if rows < total else ""
     figure.supxlabel(
         "predictive probability; whiskers: its logit moved by one standard deviation" + left_out,
         fontsize=9,

@@ -45,6 +45,7 @@ class PosteriorBuffers(nn.Module):
                 factor = torch.full((n, n), torch.nan, dtype=torch.float32)
                 self.register_buffer(f"{name}_{letter}", factor)
         self._derived: dict[str, tuple[str, ...]] = {}
+        self.is_derived = False
         shapes = _derived_shapes(config, self._form)
         for group, tensors in shapes.items():
             for field, shape in tensors.items():
@@ -92,6 +93,7 @@ class PosteriorBuffers(nn.Module):
             values = self._derive({name: factor.cpu() for name, factor in factors.items()})
         else:
             values = {}
+        self.is_derived = bool(values)
         for group, tensors in self._derived.items():
             for field in tensors:
                 name = f"{group}_{field}"

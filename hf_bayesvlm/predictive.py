@@ -111,9 +111,13 @@ def sample_text_directions(
     Returns:
         Unit vectors in the image posterior's eigenbasis, `[S, C, features]`.
     """
-    samples = sample_embeddings(text, text_covariance, num_samples, generator=generator)
+    # Certain labels are the same in every sample: one copy serves all.
+    draws = num_samples if text_covariance is not None else 1
+    samples = sample_embeddings(text, text_covariance, draws, generator=generator)
     directions = torch.nn.functional.normalize(samples, dim=-1)
-    return directions if image_covariance is None else directions @ image_covariance.out_basis
+    if image_covariance is not None:
+        directions = directions @ image_covariance.out_basis
+    return directions.expand(num_samples, -1, -1)
 
 
 def sample_logits(
@@ -149,7 +153,8 @@ def sample_logits(
         noise = _noise((num_samples, 1, mean.shape[1]), mean, generator)
         samples = mean @ image_covariance.out_basis + noise * _deviation(image, image_covariance)
         norms = torch.linalg.vector_norm(samples, dim=-1, keepdim=True)
-        cosines = samples @ text_directions.mT / norms
+        shared = text_directions.stride(0) == 0
+        cosines = samples @ (text_directions[0].T if shared else text_directions.mT) / norms
     return (logit_scale * cosines + logit_bias).transpose(0, 1)
 
 

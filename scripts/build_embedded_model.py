@@ -9,6 +9,7 @@ MAP and Bayesian predictions on `test` once, and writes model, processor, poster
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import shutil
@@ -134,6 +135,14 @@ def fit_temperature(model: BayesVLMForZeroShot, data: Embedded) -> float:
     return float(torch.tensor(0.5 * (low + high)).exp())
 
 
+def data_revision(folder: Path) -> str:
+    """SHA-256 over the data set's files: its revision where it is not on the Hub."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("data/*.parquet")):
+        digest.update(file.read_bytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
 def save_bundle(model: BayesVLMForZeroShot, processor: Any, folder: Path) -> None:
     """Save model and processor: weights in half precision, to be loaded in single."""
     if folder.exists():
@@ -174,6 +183,8 @@ def main(arguments: list[str] | None = None) -> int:
         Captioned(dataset["train"]),
         contrast_size=options.contrast_size,
         base_model=BASE_MODEL,
+        dataset_name="emoji-styles",
+        dataset_revision=data_revision(options.data),
     )
     validation = embed_everything(model, processor, dataset, ["validation"])
     chosen, tried = choose(model, posterior, validation)
@@ -182,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     test = embed_everything(model, processor, dataset, ["test"])
     report = {
-        "chosen": tried[0] if chosen is None else _summary(chosen),
+        "chosen": _summary(chosen),
         "tried": tried,
         "temperature": temperature,
         "results": {

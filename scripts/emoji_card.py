@@ -51,7 +51,7 @@ image = hf_bayesvlm.sample_images()[0].path
 pipe(image, candidate_labels=["dog face", "pizza", "rocket"], return_uncertainty=True)
 ```
 
-The stock task `zero-shot-image-classification` works as well, with calibrated scores.
+The stock task `zero-shot-image-classification` works as well; its scores are the predictive probabilities.
 
 ## How it was made
 

@@ -111,11 +111,33 @@ def test_one_bad_image_does_not_lose_the_others(tmp_path: Path) -> None:
 
 
 def test_plot_is_a_picture_of_every_image(tmp_path: Path) -> None:
-    picture = tmp_path / "out.png"
-    result = run(PIZZA, PIZZA.replace("pizza", "pizza"), "--labels", LABELS, "--plot", str(picture))
+    sizes = []
+    for number in (1, 3):
+        picture = tmp_path / f"{number}.png"
+        paths = [sample.path for sample in sample_images()[:number]]
+        result = run(*paths, "--labels", LABELS, "--plot", str(picture))
+        assert result.exit_code == 0
+        with Image.open(picture) as image:
+            sizes.append(image.size)
+    assert sizes[0][0] == sizes[1][0] > 500
+    assert sizes[1][1] > 2 * sizes[0][1] > 200
+
+
+def test_more_images_than_a_picture_shows(tmp_path: Path) -> None:
+    for i in range(30):
+        Image.new("RGB", (40, 40), (8 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    result = run(str(tmp_path), "--labels", LABELS, "--plot", str(tmp_path / "plot.pdf"))
     assert result.exit_code == 0
-    with Image.open(picture) as image:
-        assert min(image.size) > 200
+    assert (tmp_path / "plot.pdf").stat().st_size > 1000
+
+
+def test_a_truncated_bundle_is_refused(tmp_path: Path) -> None:
+    bundle = save_bundle(fitted(), tmp_path / "bundle")
+    weights = bundle / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    result = run(PIZZA, "--labels", LABELS, "--model", str(bundle))
+    assert result.exit_code == 2
+    assert "truncated" in result.stderr.replace("\n", " ")
 
 
 def test_templates_change_the_answer() -> None:
@@ -167,6 +189,7 @@ def test_a_posterior_for_another_base_is_refused(tmp_path: Path) -> None:
         (["--labels", "a,b", "--posterior", "./missing"], "missing"),
         (["--labels", "a,b", "--plot", "out.xyz"], "must end in"),
         (["--labels", "a,b", "--plot", "no-such-folder/out.png"], "no folder"),
+        (["--labels", "a,b", "--device", "nonsense"], "--device nonsense"),
         (["--labels", "a,b", "--top-k", "0"], "top-k"),
         (["--labels", "a,b", "--threshold", "1.5"], "threshold"),
     ],

@@ -64,7 +64,9 @@ def test_plain_configuration_is_wrapped(plain, tmp_path):
     assert type(config.vlm_config) is plain
     assert config.modalities == "text"
     assert unused == {"something": 1}
-    assert config.vlm_config.name_or_path == ""  # a folder of this machine is nobody else's business
+    assert (
+        config.vlm_config.name_or_path == ""
+    )  # a folder of this machine is nobody else's business
 
 
 def test_wrapping_twice_is_wrapping_once():

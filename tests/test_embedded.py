@@ -46,6 +46,10 @@ def test_the_bundle_is_small_and_complete(model: BayesVLMForZeroShot) -> None:
     posterior = model.posterior
     assert posterior is not None
     assert posterior.num_pairs == 4820
+    assert (posterior.base_model, posterior.dataset) == ("emoji-styles-clip", "emoji-styles")
+    for file in folder.glob("*.json"):
+        assert "/work" not in file.read_text()
+        assert "/home" not in file.read_text()
     # The fingerprint that the posterior was estimated with is that of the weights in the file.
     assert posterior.fingerprint == model.base_fingerprint()
 

@@ -106,6 +106,7 @@ def test_a_plain_model_is_taken_and_left_alone() -> None:
     posterior = estimate_posterior(vlm, Processor(), pairs(9), progress=False)
     assert posterior.num_pairs == 9
     assert vlm.config.to_dict() == config
+    assert not any(module._forward_pre_hooks for module in vlm.modules())
     assert all(torch.equal(before[name], value) for name, value in vlm.state_dict().items())
 
 
@@ -148,9 +149,41 @@ def test_max_pairs_stops_early() -> None:
 
 
 def test_too_few_pairs_for_the_reference_objective(caplog: pytest.LogCaptureFixture) -> None:
-    few = estimate_posterior(tiny_vlm(), Processor(), pairs(6), progress=False)
     many = estimate_posterior(tiny_vlm(), Processor(), pairs(80), progress=False)
-    assert (few.objective, many.objective) == ("evidence", "reference")
+    assert many.objective == "reference"
+    assert "evidence" not in caplog.text
+    few = estimate_posterior(tiny_vlm(), Processor(), pairs(6), progress=False)
+    assert few.objective == "evidence"
+    assert "objective='evidence'" in caplog.text
+    with pytest.raises(ValueError, match="no maximum"):
+        estimate_posterior(tiny_vlm(), Processor(), pairs(6), objective="reference", progress=False)
+
+
+def test_a_model_in_training_mode_is_read_without_dropout() -> None:
+    model = tiny_vlm("chinese_clip")
+    expected = estimate_posterior(model, Processor("chinese_clip"), pairs(9), progress=False)
+    model.train()
+    model.vision_model.eval()
+    found = estimate_posterior(model, Processor("chinese_clip"), pairs(9), progress=False)
+    assert torch.equal(found.text.A, expected.text.A)
+    assert model.training
+    assert model.text_model.training
+    assert not model.vision_model.training
+
+
+def test_base_and_data_set_are_noted() -> None:
+    posterior = estimate_posterior(
+        tiny_vlm(),
+        Processor(),
+        pairs(9),
+        base_model="user/base",
+        revision="abc",
+        dataset_name="user/pairs",
+        dataset_revision="def",
+        progress=False,
+    )
+    assert (posterior.base_model, posterior.revision) == ("user/base", "abc")
+    assert (posterior.dataset, posterior.dataset_revision) == ("user/pairs", "def")
 
 
 def test_hyperparameters_reach_the_posterior() -> None:

@@ -619,3 +619,20 @@ def test_jpeg_in_memory():
     stream = io.BytesIO()
     picture().save(stream, "JPEG")
     assert len(_shared("clip", OURS)(stream.getvalue(), candidate_labels="cat,dog")) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cuda_device_gives_the_same_and_has_label_sets_of_its_own(dtype):
+    model = tiny.fitted("clip")
+    tools = {"tokenizer": tiny.tiny_tokenizer(), "image_processor": tiny.tiny_image_processor()}
+    pipe = pipeline(OURS, model=model, device="cpu", **tools)
+    image = Image.new("RGB", (40, 40), (200, 30, 60))
+    options = {"candidate_labels": ["cat", "dog"], "return_uncertainty": True}
+    expected = pipe(image, **options)
+    moved = pipeline(OURS, model=model.to("cuda", dtype), device="cuda", **tools)
+    moved.label_cache = pipe.label_cache
+    found = moved(image, **options)
+    assert len(moved.label_cache) == 2
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    assert found["entropy"] == pytest.approx(expected["entropy"], abs=tolerance)
