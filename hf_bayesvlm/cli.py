@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from ._version import __version__
 from .plotting import MAX_ROWS, plot_predictions
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ DEFAULT_THRESHOLD = 0.5
 _GLOB_CHARACTERS = "*?["
 _THUMBNAIL = (512, 512)
 _BAR_WIDTH = 24
+# Formats that Pillow knows but cannot draw by itself.
+_NOT_PICTURES = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass
@@ -56,8 +60,19 @@ class Classified:
         return self.result is not None and self.result["predictions"][0]["score"] < threshold
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf_bayesvlm {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _main() -> None:
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
     """CLIP and SigLIP that say how sure they are."""
 
 
@@ -70,7 +85,7 @@ def classify(
         str, typer.Option(help="Candidate labels with commas between them.", show_default=False)
     ],
     model: Annotated[
-        str | None, typer.Option(help="Hub id or folder. [default: the embedded model]")
+        str | None, typer.Option(help="Hub id or folder. \\[default: the embedded model]")
     ] = None,
     posterior: Annotated[
         str | None, typer.Option(help="Hub id or folder of a posterior to put on the model.")
@@ -96,7 +111,7 @@ def classify(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu, cuda or cuda:1. [default: the best there is]")
+        str | None, typer.Option(help="Such as cpu, cuda or cuda:1. \\[default: the best there is]")
     ] = None,
 ) -> None:
     """Classify images zero-shot, with the uncertainty of every score.
@@ -109,14 +124,15 @@ def classify(
     """
     stderr = Console(stderr=True)
     try:
-        items = [Classified(name) for name in expand_images(images)]
+        items = _find(images)
         # Bad labels and templates are refused before a model is loaded.
         options = _checked_options(labels, template, top_k)
         _check_plot(plot)
-        pipe = _load_pipeline(model, posterior, device)
-        _classify_all(
-            pipe, items, options, batch_size, stderr, keep=0 if plot is None else MAX_ROWS
-        )
+        if any(item.error is None for item in items):
+            pipe = _load_pipeline(model, posterior, device)
+            _classify_all(
+                pipe, items, options, batch_size, stderr, keep=0 if plot is None else MAX_ROWS
+            )
         for item in items:
             if item.error is not None:
                 _print_error(stderr, item.error)
@@ -124,9 +140,9 @@ def classify(
             sys.stdout.write(
                 json.dumps([_as_row(item, threshold) for item in items], indent=2) + "\n"
             )
-        else:
+        elif any(item.result is not None for item in items):
             _print_tables(items, threshold)
-        if plot is not None:
+        if plot is not None and any(item.result is not None for item in items):
             _write_plot(items, plot, threshold)
             stderr.print(f"wrote {escape(str(plot))}", highlight=False)
     except (ValueError, OSError, ImportError) as error:
@@ -137,10 +153,22 @@ def classify(
 
 def main() -> None:
     """Entry point of the `bayesvlm` command."""
-    # Loading reports of transformers are for library users, not for a command's output.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal or pipe that cannot show a character gets a question mark, not an error.
+        sys.stdout.reconfigure(errors="replace")
     app()
+
+
+def _find(sources: Sequence[str]) -> list[Classified]:
+    """All images that the arguments name; what names none is kept with its error."""
+    items: dict[str, Classified] = {}
+    for source in sources:
+        try:
+            for name in expand_images([source]):
+                items.setdefault(name, Classified(name))
+        except FileNotFoundError as error:
+            items.setdefault(source, Classified(source, error=str(error)))
+    return list(items.values())
 
 
 def expand_images(sources: Sequence[str]) -> list[str]:
@@ -179,7 +207,11 @@ def expand_images(sources: Sequence[str]) -> list[str]:
 def _images_below(folder: Path) -> Iterator[str]:
     from PIL import Image
 
-    endings = set(Image.registered_extensions())
+    endings = {
+        ending
+        for ending, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _NOT_PICTURES
+    }
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix.lower() in endings:
             yield str(path)
@@ -212,22 +244,35 @@ def _check_plot(plot: Path | None) -> None:
 
 def _load_pipeline(model: str | None, posterior: str | None, device: str | None) -> Any:
     from transformers import pipeline
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from .embedded import EMBEDDED_MODEL
     from .modeling_bayesvlm import BayesVLMForZeroShot
     from .pipeline import TASK
-    from .registration import register
 
-    register()
     _check_device(device)
-
     disable_progress_bar()
-    name = model or EMBEDDED_MODEL
-    loaded = BayesVLMForZeroShot.from_vlm(name, posterior)
+    # Loading reports are for library users; our own warnings are not among them.
+    set_verbosity_error()
+    name = EMBEDDED_MODEL if model is None else model
+    _check_model_source(name)
+    try:
+        loaded = BayesVLMForZeroShot.from_vlm(name, posterior)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
     return pipeline(  # type: ignore[call-overload]  # our task is not in its list
         TASK, model=loaded, tokenizer=name, image_processor=name, device=device
     )
+
+
+def _check_model_source(name: str) -> None:
+    if not name:
+        raise ValueError("--model is empty: give a Hub id or a folder")
+    folder = Path(name)
+    if (folder / "posterior_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{name} is a posterior, not a model: use --posterior {name}")
 
 
 def _check_device(device: str | None) -> None:
@@ -255,6 +300,7 @@ def _classify_all(
     from .images import ImageInputError, load_rgb_image
 
     with Progress(console=stderr, transient=True, disable=len(items) <= batch_size) as progress:
+        items = [item for item in items if item.error is None]
         task = progress.add_task("classifying", total=len(items))
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
@@ -301,8 +347,9 @@ def _print_tables(items: list[Classified], threshold: float) -> None:
             )
         stdout.print(table)
     flagged = sum(item.unsure(threshold) for item in items)
+    classified = sum(item.result is not None for item in items)
     stdout.print(
-        f"{flagged} of {len(items)} unsure: the best label is less probable than {threshold:g}.",
+        f"{flagged} of {classified} unsure: the best label is less probable than {threshold:g}.",
         highlight=False,
     )
 
@@ -317,8 +364,6 @@ def _headline(item: Classified, threshold: float) -> str:
 
 def _write_plot(items: list[Classified], plot: Path, threshold: float) -> None:
     shown = [item for item in items if item.result is not None]
-    if not shown:
-        raise ValueError("no image could be used: there is nothing to plot")
     drawn = [item for item in shown if item.image is not None]
     plot_predictions(
         [item.image for item in drawn if item.image is not None],

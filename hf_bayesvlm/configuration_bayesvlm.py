@@ -101,6 +101,10 @@ class BayesVLMConfig(PreTrainedConfig):
             The dictionary of this class and the unused arguments.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not isinstance(config_dict, dict):
+            raise ValueError(
+                f"config.json of {pretrained_model_name_or_path} is no JSON object: it is damaged"
+            )
         wrapped = wrap_config_dict(config_dict)
         if wrapped.get("vlm_config") is not None and "vlm_config" not in config_dict:
             # Which base a posterior is estimated for.

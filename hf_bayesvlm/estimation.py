@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -21,13 +22,13 @@ from .backbones import unwatch_projections
 from .base_access import evaluation_mode
 from .cosine import CovarianceForm, GaussianEmbedding, Modalities
 from .curvature import CurvatureAccumulator
-from .images import load_rgb_image
+from .images import ImageInputError, load_rgb_image
 from .kronecker import Damping, check_positive
 from .label_cache import tokenizer_settings
 from .laplace import NoMaximumError, Objective, optimize_prior_precision
 from .modeling_bayesvlm import BayesVLMForZeroShot
 from .posterior import BayesVLMPosterior, ModalityPosterior
-from .posterior_files import hub_id
+from .posterior_files import CHOICES, hub_id
 
 logger = logging.get_logger(__name__)
 
@@ -110,6 +111,15 @@ def estimate_posterior(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     check_positive("pseudo_data_count", pseudo_data_count)
+    for name, value in (
+        ("covariance", covariance),
+        ("damping", damping),
+        ("modalities", modalities),
+    ):
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
+    if max_pairs is not None and max_pairs < 2:
+        raise ValueError(f"max_pairs must be at least 2, not {max_pairs}")
     # By what it can do, not by its class: a bundle loaded as remote code has classes of its own.
     vlm = (
         cast(BayesVLMForZeroShot, model)
@@ -196,7 +206,7 @@ def embed_pairs(
     rows = enumerate(itertools.islice(iter(dataset), max_pairs))
     with tqdm(total=_length(dataset, max_pairs), unit="pair", disable=not progress) as bar:
         while batch := list(itertools.islice(rows, batch_size)):
-            images = [load_rgb_image(_cell(row, image_column, number)) for number, row in batch]
+            images = [_image(row, image_column, number) for number, row in batch]
             texts = [_caption(row, text_column, number) for number, row in batch]
             pixels = processor.image_processor(images=images, return_tensors="pt")
             tokens = processor.tokenizer(texts, return_tensors="pt", **settings)
@@ -291,12 +301,24 @@ def _rows(pairs: PairEmbeddings, rows: slice) -> PairEmbeddings:
 
 
 def _cell(row: Mapping[str, Any], column: str, number: int) -> Any:
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"row {number} is {type(row).__name__}, not a mapping: the data set must give rows such as "
+            "{'image': ..., 'text': ...}"
+        )
     if column not in row:
         raise ValueError(
             f"row {number} has no column {column!r}; it has {', '.join(map(str, row))}: set image_column "
             "and text_column"
         )
     return row[column]
+
+
+def _image(row: Mapping[str, Any], column: str, number: int) -> Image.Image:
+    try:
+        return load_rgb_image(_cell(row, column, number))
+    except ImageInputError as error:
+        raise ImageInputError(f"row {number}: {error}") from error
 
 
 def _caption(row: Mapping[str, Any], column: str, number: int) -> str:

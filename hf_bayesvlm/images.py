@@ -7,6 +7,7 @@ import binascii
 import http.client
 import io
 import os
+import struct
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ._version import __version__
 
+MAX_ASPECT_RATIO = 200
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 DEFAULT_TIMEOUT = 60.0
 _BACKGROUND = (255, 255, 255)
@@ -83,10 +85,16 @@ def to_rgb(image: Image.Image, *, name: str = "the image") -> Image.Image:
     """
     if image.width == 0 or image.height == 0:
         raise ImageInputError(f"{name} has no pixels ({image.width} x {image.height})")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        # Scaled to the model's height such a strip would take gigabytes.
+        raise ImageInputError(
+            f"{name} is a strip of {image.width} x {image.height} pixels: crop it, the sides may differ by "
+            f"a factor of {MAX_ASPECT_RATIO} at most"
+        )
     try:
         image = _first_frame(image)
         image.load()
-        image = ImageOps.exif_transpose(image)
+        image = _upright(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = _to_8_bit(image, name)
         if image.mode == "La":
@@ -95,7 +103,10 @@ def to_rgb(image: Image.Image, *, name: str = "the image") -> Image.Image:
             rgba = image.convert("RGBA")
             canvas = Image.new("RGBA", rgba.size, (*_BACKGROUND, 255))
             image = Image.alpha_composite(canvas, rgba)
-        return image.convert("RGB")
+        rgb = image.convert("RGB")
+        # The rotation has been applied; whoever loads the result must not apply it again.
+        rgb.info.pop("exif", None)
+        return rgb
     except ImageInputError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -111,6 +122,14 @@ def _first_frame(image: Image.Image) -> Image.Image:
         return image.copy()
     finally:
         image.seek(position)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF rotation; metadata that cannot be read say nothing about it."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return image
 
 
 def _from_string(source: str, timeout: float | None) -> Image.Image:

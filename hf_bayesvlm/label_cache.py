@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -186,13 +187,23 @@ def check_templates(templates: str | Iterable[str] | None) -> tuple[str, ...]:
     if not items:
         raise ValueError("hypothesis_template is an empty list: pass at least one template")
     for template in items:
+        if not isinstance(template, str):
+            raise ValueError(f"hypothesis_template must be strings, not {type(template).__name__}")
         try:
-            filled = template.format("\x00") if isinstance(template, str) else ""
-        except (IndexError, KeyError, ValueError) as error:
+            fields = [
+                part[1:] for part in string.Formatter().parse(template) if part[1] is not None
+            ]
+        except ValueError as error:
             raise ValueError(
                 f"hypothesis_template {template!r} cannot be filled in ({error}): it takes one {{}}"
             ) from error
-        if "\x00" not in filled:
+        # Anything else could cut a label ({:.1}, {[0]}) without a word.
+        if fields not in ([], [("", "", None)]) and set(fields) != {("0", "", None)}:
+            raise ValueError(
+                f"hypothesis_template {template!r} cannot be filled in: write the label's place as one bare "
+                "{}, and other braces twice"
+            )
+        if not fields:
             raise ValueError(
                 f"hypothesis_template {template!r} has no {{}} where the label goes, so that all labels "
                 "would read the same"
@@ -256,10 +267,22 @@ def _of_one_length(tokenizer: Any, prompts: list[str], settings: dict[str, Any])
 
 
 def _warn_if_cut(tokenizer: Any, prompts: list[str], settings: dict[str, Any]) -> None:
-    limit = settings.get("max_length")
-    if limit is None or not settings.get("truncation"):
-        return
     tokens = tokenizer(prompts, verbose=False)["input_ids"]
+    limit = settings.get("max_length") if settings.get("truncation") else None
+    # The last token of a cut text is the end token again.
+    read = [
+        tuple(ids if limit is None or len(ids) <= limit else ids[: limit - 1]) for ids in tokens
+    ]
+    first: dict[tuple[int, ...], str] = {}
+    for prompt, ids in zip(prompts, read, strict=True):
+        if first.setdefault(ids, prompt) != prompt:
+            logger.warning(
+                f"The model cannot tell {first[ids][:80]!r} from {prompt[:80]!r}: they are the same tokens, "
+                "and share the probability of one label"
+            )
+            break
+    if limit is None:
+        return
     cut = [prompt for prompt, ids in zip(prompts, tokens, strict=True) if len(ids) > limit]
     if cut:
         logger.warning(

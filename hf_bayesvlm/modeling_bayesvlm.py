@@ -215,6 +215,11 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
         """
         if posterior is None:
             self.factors, self.config.posterior = None, None
+        elif not hasattr(posterior, "with_hyperparameters"):
+            raise TypeError(
+                f"posterior must be a BayesVLMPosterior, not {type(posterior).__name__}: load it with "
+                "BayesVLMPosterior.from_pretrained()"
+            )
         else:
             posterior = fit_to_base(
                 posterior,

@@ -12,6 +12,9 @@ from PIL import Image
 MAX_ROWS = 24
 """Images that one picture shows at most."""
 
+MAX_BARS = 12
+"""Labels that one image shows at most, the most probable ones."""
+
 _SURE, _UNSURE = "#2a6f97", "#c8791b"
 
 
@@ -65,7 +68,7 @@ def plot_predictions(
     rows = min(len(images), MAX_ROWS)
     columns = 1 if rows <= 3 else 2
     lines = math.ceil(rows / columns)
-    bars = max(len(result["predictions"]) for result in results[:rows])
+    bars = min(MAX_BARS, max(len(result["predictions"]) for result in results[:rows]))
     height = max(1.7, 0.24 * bars + 0.75)
     figure = Figure(figsize=(6.0 * columns, height * lines + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -87,7 +90,7 @@ def plot_predictions(
 
 
 def _draw_bars(axes: Any, result: dict[str, Any], title: str, unsure: bool) -> None:
-    predictions = result["predictions"]
+    predictions = result["predictions"][:MAX_BARS]
     scores = [prediction["score"] for prediction in predictions]
     intervals = [score_interval(p["score"], p["logit_std"]) for p in predictions]
     errors = [
@@ -103,14 +106,18 @@ def _draw_bars(axes: Any, result: dict[str, Any], title: str, unsure: bool) -> N
         color=_UNSURE if unsure else _SURE,
         error_kw={"elinewidth": 1.2, "capsize": 3, "ecolor": "#222222"},
     )
-    axes.set_yticks(positions, [_shorten(prediction["label"]) for prediction in predictions])
+    axes.set_yticks(
+        positions, [_shorten(prediction["label"]) for prediction in predictions], parse_math=False
+    )
     axes.invert_yaxis()
     axes.set_xlim(0.0, 1.0)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     verdict = ", unsure" if unsure else ""
     entropies = f"H = {result['entropy']:.2f}, MI = {result['mutual_information']:.3f} nats"
-    axes.set_title(f"{_shorten(title, 34)}{verdict}\n{entropies}", fontsize=9, loc="left")
+    axes.set_title(
+        f"{_shorten(title, 34)}{verdict}\n{entropies}", fontsize=9, loc="left", parse_math=False
+    )
 
 
 def _shorten(text: str, limit: int = 24) -> str:

@@ -214,6 +214,11 @@ class BayesVLMPosterior:
         values: dict[str, Any] = {}
         for name in ("image", "text"):
             part = config[name]
+            for letter in ("A", "B"):
+                if factors[f"{name}.{letter}"].ndim != 2:
+                    raise PosteriorError(
+                        f"{name}.{letter} is not a matrix: the factors are damaged"
+                    )
             values[name] = ModalityPosterior(
                 A=factors[f"{name}.A"],
                 B=factors[f"{name}.B"],

@@ -27,7 +27,12 @@ from emoji_styles import STOCK_TEMPLATE, load_emoji_styles, on_background
 from tqdm.auto import tqdm
 from transformers import AutoProcessor
 
-from hf_bayesvlm import BayesVLMForZeroShot, BayesVLMPosterior, estimate_posterior
+from hf_bayesvlm import (
+    BayesVLMForZeroShot,
+    BayesVLMPosterior,
+    PosteriorError,
+    estimate_posterior,
+)
 
 COUNTS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 BASE_MODEL = "emoji-styles-clip"
@@ -65,15 +70,18 @@ def candidates(posterior: BayesVLMPosterior) -> Iterator[BayesVLMPosterior]:
         ("both", "image"),
     )
     for count, objective, covariance, damping, modalities in settings:
-        if objective == "reference" and damping == "exact":
-            continue
-        yield posterior.with_hyperparameters(
-            pseudo_data_count=count,
-            objective=objective,  # type: ignore[arg-type]
-            covariance=covariance,  # type: ignore[arg-type]
-            damping=damping,  # type: ignore[arg-type]
-            modalities=modalities,  # type: ignore[arg-type]
-        )
+        try:
+            yield posterior.with_hyperparameters(
+                pseudo_data_count=count,
+                objective=objective,  # type: ignore[arg-type]
+                covariance=covariance,  # type: ignore[arg-type]
+                damping=damping,  # type: ignore[arg-type]
+                modalities=modalities,  # type: ignore[arg-type]
+            )
+        except PosteriorError:
+            # The reference objective: never for exact damping, and without a maximum for few pairs.
+            if objective != "reference":
+                raise
 
 
 def selection_score(scores: list[Scores], metric: str) -> float:

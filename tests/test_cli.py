@@ -63,7 +63,7 @@ def test_an_error_has_no_traceback_and_exit_code_2() -> None:
 
 
 def test_debugging_shows_the_traceback() -> None:
-    done = run_process("classify", "no-such-file.png", "--labels", LABELS, BAYESVLM_DEBUG="1")
+    done = run_process("classify", PIZZA, "--labels", "a,a", BAYESVLM_DEBUG="1")
     assert "Traceback" in done.stderr
 
 
@@ -185,6 +185,9 @@ def test_a_posterior_for_another_base_is_refused(tmp_path: Path) -> None:
         (["--labels", "a,a"], "more than once"),
         (["--labels", "a,b", "--template", "no braces"], "no {}"),
         (["--labels", "a,b", "--template", "{} {x}"], "cannot be filled in"),
+        (["--labels", "a,b", "--template", "{[0]}"], "bare {}"),
+        (["--labels", "a,b", "--template", "{:.1}"], "bare {}"),
+        (["--labels", "a,b", "--model", ""], "--model is empty"),
         (["--labels", "a,b", "--model", "./missing"], "missing"),
         (["--labels", "a,b", "--posterior", "./missing"], "missing"),
         (["--labels", "a,b", "--plot", "out.xyz"], "must end in"),
@@ -253,3 +256,61 @@ def test_file_names_with_markup_are_printed_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "[bold]x[red].png"
     Image.new("RGB", (20, 20)).save(path)
     assert "[bold]x[red].png" in run(str(path), "--labels", "cat [dog],pizza").output
+
+
+def test_a_missing_path_does_not_lose_the_others() -> None:
+    result = run("no-such-file.png", PIZZA, "no-such-*.png", "--labels", LABELS, "--json")
+    assert result.exit_code == 2
+    rows = json.loads(result.stdout)
+    assert "no file or folder" in rows[0]["error"]
+    assert rows[1]["predictions"]
+    assert "nothing matches" in rows[2]["error"]
+
+
+def test_nothing_usable_gives_no_plot(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"garbage")
+    result = run(str(bad), "--labels", LABELS, "--plot", str(tmp_path / "plot.png"))
+    assert result.exit_code == 2
+    assert result.stderr.count("error:") == 1
+    assert not (tmp_path / "plot.png").exists()
+
+
+def test_dollars_are_not_mathematics(tmp_path: Path) -> None:
+    labels = r"dog,$5 to $10,x$\frac$"
+    path = tmp_path / "plot.png"
+    assert run(PIZZA, "--labels", labels, "--plot", str(path)).exit_code == 0
+    assert path.exists()
+
+
+def test_a_picture_stays_small_with_many_labels(tmp_path: Path) -> None:
+    labels = ",".join(f"label number {i}" for i in range(200))
+    path = tmp_path / "plot.png"
+    assert run(PIZZA, "--labels", labels, "--plot", str(path)).exit_code == 0
+    with Image.open(path) as image:
+        assert image.width * image.height < 3_000_000
+
+
+def test_folders_hold_pictures_only(tmp_path: Path) -> None:
+    for name in ("a.png", "report.pdf", "film.mpg", "data.h5", "b.webp"):
+        (tmp_path / name).touch()
+    assert [Path(name).name for name in expand_images([str(tmp_path)])] == ["a.png", "b.webp"]
+
+
+def test_output_that_cannot_show_a_bar_is_no_error() -> None:
+    done = run_process("classify", PIZZA, "--labels", LABELS, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "pizza" in done.stdout
+
+
+def test_a_posterior_given_as_model_is_explained(tmp_path: Path) -> None:
+    posterior = fitted().posterior
+    assert isinstance(posterior, BayesVLMPosterior)
+    posterior.save_pretrained(tmp_path / "posterior")
+    result = run(PIZZA, "--labels", LABELS, "--model", str(tmp_path / "posterior"))
+    assert result.exit_code == 2
+    assert "use --posterior" in result.stderr.replace("\n", " ")
+
+
+def test_version() -> None:
+    assert runner.invoke(app, ["--version"]).stdout.startswith("hf_bayesvlm 0.")

@@ -343,3 +343,41 @@ def _check_stock_pipeline(folder: Path, image) -> None:
     classify = pipeline("zero-shot-image-classification", model=str(folder))
     scores = classify(styles.on_background(image), candidate_labels=["dog", "pizza"])
     assert sum(score["score"] for score in scores) == pytest.approx(1.0, abs=1e-2)
+
+
+def test_the_bundle_is_built_chosen_on_validation_and_measured_on_test(
+    dataset, tmp_path: Path
+) -> None:
+    import build_embedded_model
+    from emoji_evaluation import embed_everything, evaluate
+    from huggingface_hub import ModelCard
+    from transformers import AutoProcessor
+
+    from hf_bayesvlm import BayesVLMForZeroShot
+
+    build.write_dataset(dataset, tmp_path / "data", SEED)
+    _trainer(dataset, tmp_path / "clip").train()
+    bundle = tmp_path / "bundle"
+    paths = [str(tmp_path / "clip"), str(tmp_path / "data"), str(bundle)]
+    assert build_embedded_model.main(paths) == 0
+
+    report = json.loads((bundle / "evaluation.json").read_text("utf-8"))
+    assert report["tried"] == sorted(report["tried"], key=lambda row: row["nlpd"])
+    assert {score["slice"].split("/")[0] for score in report["results"]["test"]["bayes"]} == {
+        "fluent-emoji-flat",
+        "fluent-emoji-high-contrast",
+    }
+    model = BayesVLMForZeroShot.from_pretrained(bundle)
+    assert model.is_fitted
+    assert model.dtype == torch.float32
+    # What the card says is what the saved bundle does.
+    data = embed_everything(model, AutoProcessor.from_pretrained(bundle), dataset, ["test"])
+    for found, stated in zip(
+        evaluate(model, data), report["results"]["test"]["bayes"], strict=True
+    ):
+        assert found.values == pytest.approx(stated["values"], abs=1e-3)
+    plain = evaluate(model, data, bayesian=False)
+    assert plain[0].values != evaluate(model, data)[0].values
+    card = ModelCard.load(bundle / "README.md")
+    assert len(card.data.eval_results) == 6
+    assert str(tmp_path) not in (bundle / "config.json").read_text("utf-8")

@@ -365,3 +365,17 @@ def test_exif_rotation_is_applied(tmp_path):
     assert result.size == (32, 64)
     assert result.getpixel((16, 5))[0] > 200
     assert result.getpixel((16, 60))[2] > 200
+
+
+def test_unreadable_metadata_are_no_reason_to_refuse(tmp_path):
+    path = tmp_path / "garbage-exif.jpg"
+    Image.new("RGB", (30, 20), (200, 0, 0)).save(path, exif=b"Exif\x00\x00garbage")
+    once = load_rgb_image(path)
+    assert once.size == (30, 20)
+    assert load_rgb_image(once).size == (30, 20)
+
+
+def test_strips_that_would_take_gigabytes_are_refused():
+    with pytest.raises(ImageInputError, match="strip"):
+        load_rgb_image(Image.new("RGB", (1, 20_000)))
+    assert load_rgb_image(Image.new("RGB", (10, 1_000))).size == (10, 1_000)

@@ -98,7 +98,10 @@ def test_templates():
         ("a }", "cannot be filled in"),
         ("a {} {", "cannot be filled in"),
         ("a {{}}", r"has no \{\}"),
-        ([3], r"has no \{\}"),
+        ([3], "must be strings"),
+        ("{:.1}", "bare"),
+        ("{[0]}", "bare"),
+        ("{0} {}", "bare"),
         ("{:d}", "cannot be filled in"),
     ],
 )
@@ -316,3 +319,12 @@ def test_threads_encode_once(model, tokenizer):
         thread.join()
     assert len(found) == 120
     assert counter.runs <= 20 + 6 * 4  # 16 entries are kept
+
+
+def test_labels_that_read_the_same_are_pointed_out(caplog):
+    model = tiny.fitted("clip")
+    cache = LabelCache()
+    cache.get(model, tiny.tiny_tokenizer(), ("cat", "dog"), ("{}",))
+    assert "cannot tell" not in caplog.text
+    cache.get(model, tiny.tiny_tokenizer(), ("Cat", "cat"), ("{}",))
+    assert "cannot tell 'Cat' from 'cat'" in caplog.text
