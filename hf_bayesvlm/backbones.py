@@ -95,6 +95,11 @@ def watch_projections(vlm: nn.Module, spec: BackboneSpec) -> None:
             module.register_forward_pre_hook(_record_input)
 
 
+def is_watched(vlm: nn.Module) -> bool:
+    """Whether `watch_projections` has been called for a model, or for one that shares its modules."""
+    return any(_record_input in module._forward_pre_hooks.values() for module in vlm.modules())
+
+
 def unwatch_projections(vlm: nn.Module, spec: BackboneSpec) -> None:
     """Take the hooks of `watch_projections` off again.
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .backbones import unwatch_projections
+from .backbones import is_watched, unwatch_projections
 from .base_access import evaluation_mode
 from .cosine import CovarianceForm, GaussianEmbedding, Modalities
-from .curvature import CurvatureAccumulator
+from .curvature import CurvatureAccumulator, KroneckerFactors
 from .images import ImageInputError, load_rgb_image
 from .kronecker import Damping, check_positive
 from .label_cache import tokenizer_settings
@@ -120,39 +122,21 @@ def estimate_posterior(
             raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
     if max_pairs is not None and max_pairs < 2:
         raise ValueError(f"max_pairs must be at least 2, not {max_pairs}")
-    # By what it can do, not by its class: a bundle loaded as remote code has classes of its own.
-    vlm = (
-        cast(BayesVLMForZeroShot, model)
-        if hasattr(model, "encode_image")
-        else BayesVLMForZeroShot.from_vlm(model)
-    )
-    fingerprint = vlm.base_fingerprint()
-    accumulators = {name: _accumulator(vlm) for name in ("image", "text")}
-    batches = embed_pairs(
-        vlm,
-        processor,
-        dataset,
-        image_column=image_column,
-        text_column=text_column,
-        batch_size=batch_size,
-        max_pairs=max_pairs,
-        progress=progress,
-    )
-    for block in _blocks(batches, contrast_size):
-        if len(block) < 2:
-            logger.warning(
-                "The last pair is dropped: it is alone in its block, with nothing to contrast it with."
-            )
-            continue
-        image, text = block.image, block.text
-        accumulators["image"].update(image.features, image.mean, text.mean)
-        accumulators["text"].update(text.features, text.mean, image.mean)
-    num_pairs = accumulators["image"].num_pairs
-    if num_pairs < 2:
-        raise ValueError(f"the data set gave {num_pairs} usable pairs: at least 2 are needed")
-    if vlm is not model:
-        unwatch_projections(vlm.vlm, vlm.backbone)
-    parts, chosen = _modalities(vlm, accumulators, pseudo_data_count, objective, damping)
+    with _as_bayesian(model) as vlm:
+        fingerprint = vlm.base_fingerprint()
+        batches = embed_pairs(
+            vlm,
+            processor,
+            dataset,
+            image_column=image_column,
+            text_column=text_column,
+            batch_size=batch_size,
+            max_pairs=max_pairs,
+            progress=progress,
+        )
+        factors = _fold(vlm, _blocks(batches, contrast_size))
+    parts, chosen = _modalities(vlm, factors, pseudo_data_count, objective, damping)
+    num_pairs = factors["image"].num_pairs
     return BayesVLMPosterior(
         image=parts["image"],
         text=parts["text"],
@@ -219,6 +203,42 @@ def embed_pairs(
             bar.update(len(batch))
 
 
+@contextmanager
+def _as_bayesian(model: BayesVLMForZeroShot | PreTrainedModel) -> Iterator[BayesVLMForZeroShot]:
+    """The model itself, or a plain one wrapped for a while and left without a trace."""
+    # By what it can do, not by its class: a bundle loaded as remote code has classes of its own.
+    if hasattr(model, "encode_image"):
+        yield cast(BayesVLMForZeroShot, model)
+        return
+    was_watched = is_watched(model)
+    wrapped = BayesVLMForZeroShot.from_vlm(model)
+    try:
+        yield wrapped
+    finally:
+        if not was_watched:
+            unwatch_projections(model, wrapped.backbone)
+
+
+def _fold(
+    model: BayesVLMForZeroShot, blocks: Iterable[PairEmbeddings]
+) -> dict[str, KroneckerFactors]:
+    """The Kronecker factors of both projections from blocks of pairs."""
+    accumulators = {name: _accumulator(model) for name in ("image", "text")}
+    for block in blocks:
+        if len(block) < 2:
+            logger.warning(
+                "The last pair is dropped: it is alone in its block, with nothing to contrast it with."
+            )
+            continue
+        image, text = block.image, block.text
+        accumulators["image"].update(image.features, image.mean, text.mean)
+        accumulators["text"].update(text.features, text.mean, image.mean)
+    num_pairs = accumulators["image"].num_pairs
+    if num_pairs < 2:
+        raise ValueError(f"the data set gave {num_pairs} usable pairs: at least 2 are needed")
+    return {name: accumulator.factors() for name, accumulator in accumulators.items()}
+
+
 def _accumulator(model: BayesVLMForZeroShot) -> CurvatureAccumulator:
     return CurvatureAccumulator(
         model.likelihood,
@@ -229,17 +249,18 @@ def _accumulator(model: BayesVLMForZeroShot) -> CurvatureAccumulator:
 
 def _modalities(
     model: BayesVLMForZeroShot,
-    accumulators: dict[str, CurvatureAccumulator],
+    factors: dict[str, KroneckerFactors],
     pseudo_data_count: float,
     objective: Objective | None,
     damping: Damping,
 ) -> tuple[dict[str, ModalityPosterior], Objective]:
     """The parts of the posterior, and the objective their prior precisions were chosen by."""
+    weights = model.projection_weights()
     chosen: Objective = objective or ("evidence" if damping == "exact" else "reference")
     try:
         parts = {
-            name: _modality(model, name, accumulator, pseudo_data_count, chosen, damping)
-            for name, accumulator in accumulators.items()
+            name: _modality(part, weights[name], pseudo_data_count, chosen, damping)
+            for name, part in factors.items()
         }
     except NoMaximumError as error:
         if objective is not None or chosen == "evidence":
@@ -247,20 +268,18 @@ def _modalities(
         logger.warning(
             f"{error}. The prior precisions of this posterior are chosen by objective='evidence'."
         )
-        return _modalities(model, accumulators, pseudo_data_count, "evidence", damping)
+        return _modalities(model, factors, pseudo_data_count, "evidence", damping)
     return parts, chosen
 
 
 def _modality(
-    model: BayesVLMForZeroShot,
-    name: str,
-    accumulator: CurvatureAccumulator,
+    factors: KroneckerFactors,
+    weight: Tensor,
     pseudo_data_count: float,
     objective: Objective,
     damping: Damping,
 ) -> ModalityPosterior:
-    factors = accumulator.factors()
-    norm = float(model.projection_weights()[name].double().square().sum())
+    norm = float(weight.double().square().sum())
     precision = optimize_prior_precision(
         factors.A, factors.B, norm, pseudo_data_count, objective, damping=damping
     )

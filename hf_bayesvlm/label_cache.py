@@ -236,7 +236,7 @@ def encode_labels(
 ) -> GaussianEmbedding:
     """Embed labels in all templates, `[labels]` Gaussian embeddings."""
     prompts = [template.format(label) for label in labels for template in templates]
-    _warn_if_cut(tokenizer, prompts, settings)
+    _warn_about_prompts(tokenizer, prompts, settings)
     if settings.get("padding") is True and getattr(tokenizer, "pad_token", None) is None:
         chunks = _of_one_length(tokenizer, prompts, settings)
         settings = settings | {"padding": False}
@@ -266,7 +266,8 @@ def _of_one_length(tokenizer: Any, prompts: list[str], settings: dict[str, Any])
     return list(groups.values())
 
 
-def _warn_if_cut(tokenizer: Any, prompts: list[str], settings: dict[str, Any]) -> None:
+def _warn_about_prompts(tokenizer: Any, prompts: list[str], settings: dict[str, Any]) -> None:
+    """Point out prompts that read the same to the model, and prompts that are cut."""
     tokens = tokenizer(prompts, verbose=False)["input_ids"]
     limit = settings.get("max_length") if settings.get("truncation") else None
     # The last token of a cut text is the end token again.

@@ -110,6 +110,21 @@ def test_a_plain_model_is_taken_and_left_alone() -> None:
     assert all(torch.equal(before[name], value) for name, value in vlm.state_dict().items())
 
 
+def test_a_plain_model_is_left_alone_when_the_estimation_fails() -> None:
+    vlm = tiny_vlm()
+    with pytest.raises(ValueError, match="no column"):
+        estimate_posterior(vlm, Processor(), pairs(4), text_column="missing", progress=False)
+    assert not any(module._forward_pre_hooks for module in vlm.modules())
+
+
+def test_a_model_that_shares_the_weights_goes_on_working() -> None:
+    vlm = tiny_vlm()
+    model = BayesVLMForZeroShot.from_vlm(vlm)
+    model.set_posterior(estimate_posterior(vlm, Processor(), pairs(9), progress=False))
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert len(model.encode_image(pixel_values=pixels)) == 2
+
+
 def test_batch_size_does_not_matter() -> None:
     fits = [
         estimate_posterior(tiny_vlm(), Processor(), pairs(), batch_size=size, progress=False)
