@@ -27,7 +27,7 @@ ROWS = [
         "modeling_bayesvlm",
     },
     {"images", "label_cache", "pipeline", "estimation", "registration", "embedded", "plotting"},
-    {"cli", "__init__"},
+    {"cli", "cli_common", "cli_classify", "__init__"},
 ]
 
 

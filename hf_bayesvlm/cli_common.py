@@ -1,0 +1,100 @@
+"""What the subcommands of `bayesvlm` share: errors without tracebacks, early checks of options."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from .modeling_bayesvlm import BayesVLMForZeroShot
+
+
+def check_plot(plot: Path | None) -> None:
+    """Refuse a `--plot` that could not be written at the end of the work.
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: If the ending is not a picture format.
+        FileNotFoundError: If its folder does not exist.
+    """
+    if plot is None:
+        return
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'hf_bayesvlm[plot]'") from error
+    endings = FigureCanvasAgg.get_supported_filetypes()
+    if plot.suffix.lstrip(".").lower() not in endings:
+        raise ValueError(f"--plot {plot}: the name must end in one of {', '.join(sorted(endings))}")
+    if not plot.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--plot {plot}: there is no folder {plot.absolute().parent}")
+
+
+def check_model_source(name: str) -> None:
+    """Refuse an empty `--model`, or one that is a posterior."""
+    if not name:
+        raise ValueError("--model is empty: give a Hub id or a folder")
+    folder = Path(name)
+    if (folder / "posterior_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{name} is a posterior, not a model: use --posterior {name}")
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a `--device` that this machine or this build of PyTorch does not have."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        # The first line says it; the rest is about PyTorch's build.
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used: {reason}") from error
+
+
+def load_model(name: str, posterior: str | None = None) -> BayesVLMForZeroShot:
+    """Load a bundle or a plain model without transformers' own loading reports.
+
+    Args:
+        name: Hub id or folder.
+        posterior: Hub id or folder of a posterior to put on it.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If it is no model, or cannot be loaded.
+    """
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from .modeling_bayesvlm import BayesVLMForZeroShot
+
+    disable_progress_bar()
+    # Loading reports are for library users; our own warnings are not among them.
+    set_verbosity_error()
+    check_model_source(name)
+    try:
+        return BayesVLMForZeroShot.from_vlm(name, posterior)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def fail(stderr: Console, error: Exception) -> NoReturn:
+    """Print an error without a traceback and exit with code 2."""
+    if os.environ.get("BAYESVLM_DEBUG"):
+        raise error
+    print_error(stderr, str(error))
+    raise typer.Exit(2)
+
+
+def print_error(stderr: Console, text: str) -> None:
+    """Print one error on standard error."""
+    stderr.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
