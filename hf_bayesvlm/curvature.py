@@ -185,6 +185,33 @@ class CurvatureAccumulator:
             self.likelihood, source, target, self.logit_scale, self.logit_bias, self.chunk_size
         )
         block_A = features.T.to(torch.float64) @ features.to(torch.float64)
+        self._add(block_A, block_B, features.shape[0])
+
+    def sums(self) -> tuple[Tensor, Tensor] | None:
+        """The sums over all pairs so far, `[in_features (+1)] * 2` and `[features] * 2` in float64, or None.
+
+        They are the accumulator's own tensors, for saving them or adding those of other processes.
+        """
+        if self._sum_A is None or self._sum_B is None:
+            return None
+        return self._sum_A, self._sum_B
+
+    def add_sums(self, sum_A: Tensor, sum_B: Tensor, num_pairs: int) -> None:
+        """Add the sums of other pairs: of another process, or of a run that is resumed.
+
+        Args:
+            sum_A: Sum of the inputs' outer products, `[in_features (+1), in_features (+1)]`, float64.
+            sum_B: Sum of the pairs' curvatures, `[features, features]`, float64.
+            num_pairs: Number of pairs in both.
+
+        Raises:
+            ValueError: If they are not float64 or do not fit; the sums are then unchanged.
+        """
+        if sum_A.dtype != torch.float64 or sum_B.dtype != torch.float64:
+            raise ValueError(f"sums must be float64, not {sum_A.dtype} and {sum_B.dtype}")
+        self._add(sum_A, sum_B, num_pairs)
+
+    def _add(self, block_A: Tensor, block_B: Tensor, num_pairs: int) -> None:
         if self._sum_A is None or self._sum_B is None:
             self._sum_A, self._sum_B = block_A, block_B
         elif self._sum_A.shape != block_A.shape or self._sum_B.shape != block_B.shape:
@@ -195,7 +222,7 @@ class CurvatureAccumulator:
         else:
             self._sum_A += block_A.to(self._sum_A.device)
             self._sum_B += block_B.to(self._sum_B.device)
-        self._num_pairs += features.shape[0]
+        self._num_pairs += num_pairs
 
     def factors(self) -> KroneckerFactors:
         r"""The factors of all pairs so far, each sum divided by $\sqrt n$.
