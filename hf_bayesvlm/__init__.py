@@ -12,6 +12,7 @@ from .pipeline import BayesVLMZeroShotImageClassificationPipeline
 from .posterior import BayesVLMPosterior, ModalityPosterior
 from .posterior_files import PosteriorError
 from .registration import register
+from .sources import open_dataset
 
 register()
 
@@ -30,6 +31,7 @@ __all__ = [
     "UnsupportedBackboneError",
     "__version__",
     "estimate_posterior",
+    "open_dataset",
     "register",
     "sample_images",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -58,12 +58,15 @@ def check_device(device: str | None) -> None:
         raise ValueError(f"--device {device} cannot be used: {reason}") from error
 
 
-def load_model(name: str, posterior: str | None = None) -> BayesVLMForZeroShot:
+def load_model(
+    name: str, posterior: str | None = None, *, revision: str | None = None
+) -> BayesVLMForZeroShot:
     """Load a bundle or a plain model without transformers' own loading reports.
 
     Args:
         name: Hub id or folder.
         posterior: Hub id or folder of a posterior to put on it.
+        revision: Revision of the model on the Hub.
 
     Returns:
         The model, in evaluation mode.
@@ -80,7 +83,8 @@ def load_model(name: str, posterior: str | None = None) -> BayesVLMForZeroShot:
     set_verbosity_error()
     check_model_source(name)
     try:
-        return BayesVLMForZeroShot.from_vlm(name, posterior)
+        options: dict[str, Any] = {} if revision is None else {"revision": revision}
+        return BayesVLMForZeroShot.from_vlm(name, posterior, **options)
     except RuntimeError as error:
         raise ValueError(
             f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}"

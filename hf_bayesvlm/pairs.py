@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,10 @@ from PIL import Image
 from .images import ImageInputError, load_rgb_image
 
 Captions = Literal["sample", "expand"]
+
+_ADDRESSES = ("http://", "https://", "data:")
+# Addresses of file systems, chained ones included, that are not plain web addresses.
+_REMOTE = re.compile(r"(?!https?://)[a-z0-9+]+://")
 
 
 class PairError(ValueError):
@@ -133,19 +138,29 @@ class PairColumns:
         if slot.image is None:
             raise PairError(f"{where}: there is no image in {self.image!r}")
         try:
-            return Pair(slot.row, load_rgb_image(self._rooted(slot.image)), slot.text)
+            return Pair(slot.row, load_rgb_image(self._located(slot.image)), slot.text)
         except (ImageInputError, OSError) as error:
             raise PairError(f"{where}: {error}") from error
 
-    def _rooted(self, image: Any) -> Any:
-        """A relative path starts at `image_root`; everything else is as it is."""
-        if self.image_root is None:
-            return image
+    def _located(self, image: Any) -> Any:
+        """What `load_rgb_image` can load: relative paths from `image_root`, remote files as bytes."""
         if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
-            image = image["path"]
-        if isinstance(image, str) and "://" not in image and not image.startswith("data:"):
-            return str(Path(self.image_root) / image)
+            path = image["path"]
+            return _remote_bytes(path) if _REMOTE.match(path) else path
+        if isinstance(image, str):
+            if _REMOTE.match(image):
+                return _remote_bytes(image)
+            if self.image_root is not None and not image.startswith(_ADDRESSES):
+                return str(Path(self.image_root) / image)
         return image
+
+
+def _remote_bytes(address: str) -> bytes:
+    """The file behind an address of a file system such as hf:// or zip://, as streams give them."""
+    import fsspec
+
+    with fsspec.open(address, "rb") as stream:
+        return cast(bytes, stream.read())
 
 
 def cell(row: Any, column: str) -> Any:

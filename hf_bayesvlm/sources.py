@@ -87,7 +87,8 @@ def open_dataset(
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             return OpenedDataset(_from_disk(folder, split, streaming), folder.name)
         options: dict[str, Any] = {"path": text}
-        name, root = folder.resolve().name, text
+        name = folder.resolve().name
+        root: str | None = text
     elif _suffix(text) in _BUILDERS:
         files = list(_expanded(text))
         options = {"path": _BUILDERS[_suffix(text)], "data_files": files}

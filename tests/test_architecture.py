@@ -44,7 +44,7 @@ ROWS = [
         "embedded",
         "plotting",
     },
-    {"cli", "cli_common", "cli_classify", "__init__"},
+    {"cli", "cli_common", "cli_classify", "cli_fit", "__init__"},
 ]
 
 
