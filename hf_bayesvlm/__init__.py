@@ -6,6 +6,7 @@ from .configuration_bayesvlm import BayesVLMConfig
 from .cosine import GaussianEmbedding
 from .embedded import EMBEDDED_MODEL, SampleImage, sample_images
 from .estimation import estimate_posterior
+from .hub_errors import HubError
 from .images import ImageInputError
 from .modeling_bayesvlm import BayesVLMForZeroShot, BayesVLMOutput
 from .pipeline import BayesVLMZeroShotImageClassificationPipeline
@@ -24,6 +25,7 @@ __all__ = [
     "BayesVLMPosterior",
     "BayesVLMZeroShotImageClassificationPipeline",
     "GaussianEmbedding",
+    "HubError",
     "ImageInputError",
     "ModalityPosterior",
     "PosteriorError",

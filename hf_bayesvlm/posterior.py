@@ -33,11 +33,12 @@ from .posterior_files import (
     read_posterior_files,
     read_reference_files,
 )
+from .posterior_hub import PosteriorHub
 from .posterior_modality import ModalityPosterior
 
 
 @dataclass(frozen=True, eq=False)
-class BayesVLMPosterior:
+class BayesVLMPosterior(PosteriorHub):
     """Laplace posterior over the two final projections of a vision-language model.
 
     Immutable: `with_hyperparameters` returns a new object.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .fingerprint import tensor_digest
+from .hub_errors import HubError
 from .kronecker import symmetric_eigvalsh
 
 FORMAT_VERSION = 1
@@ -184,7 +185,12 @@ def _resolve_file(source: str | os.PathLike[str], filename: str, download: dict[
     if hub_id(text) is None or "/" not in text:
         raise FileNotFoundError(f"no folder {text!r}, and it is not a Hub id of the form user/name")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(text, filename, **download))
@@ -194,6 +200,13 @@ def _resolve_file(source: str | os.PathLike[str], filename: str, download: dict[
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{text} on the Hub holds no posterior: no {filename}") from error
+    except HfHubHTTPError:
+        raise
+    except HTTPError as error:
+        raise HubError(
+            f"{text}: the connection to the Hub was lost while loading {filename} "
+            f"({type(error).__name__}); try again"
+        ) from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:

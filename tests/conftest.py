@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubDouble
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PUBLISHED = _ROOT.parent / "shared" / "reference" / "clip-vit-b-32-laion2b"
@@ -26,3 +28,11 @@ def reference_dir() -> Path:
     if not (directory / "A_img_analytic.pt").is_file():
         pytest.skip(f"no published posterior in {directory}: set BAYESVLM_REFERENCE_DIR")
     return directory
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubDouble]:
+    """A Hub of the test's own, empty, with the users of `hub_store`."""
+    double = HubDouble(tmp_path)
+    yield double
+    double.close()

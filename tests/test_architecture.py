@@ -15,7 +15,15 @@ NUMERICS = {"curvature", "kronecker", "laplace", "cosine", "predictive", "acquis
 # What may import what: a module sees its own row and the rows above it.
 ROWS = [
     {"_version", *NUMERICS},
-    {"fingerprint", "posterior_files", "posterior_modality", "posterior"},
+    {
+        "fingerprint",
+        "hub_errors",
+        "hub_push",
+        "posterior_files",
+        "posterior_modality",
+        "posterior_hub",
+        "posterior",
+    },
     {
         "configuration_bayesvlm",
         "backbones",
