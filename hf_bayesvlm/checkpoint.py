@@ -113,7 +113,7 @@ class Checkpoint:
             "progress": values,
             "digest": _digest(identity, values, tensors),
         }
-        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+        temporary = self.file.with_suffix(".tmp")
         try:
             with temporary.open("wb") as stream:
                 stream.write(save(tensors, metadata=metadata))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -267,3 +271,18 @@ def test_nan_weights_are_refused_before_the_work() -> None:
         vlm.visual_projection.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         estimate_posterior(vlm, Processor(), pairs(4), progress=False)
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs() -> None:
+    script = Path(__file__).parent / "memory_of_estimation.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "0", "1024", "8192"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    peaks = json.loads(done.stdout)
+    assert peaks["8192"] <= 1.05 * peaks["1024"]
+    # The pairs' own share of it, which the libraries' memory would hide: 8 k pairs take 28 MB and more.
+    assert peaks["8192"] - peaks["1024"] < 15.0
