@@ -1,11 +1,15 @@
 """Uncertainty for CLIP and SigLIP: a Laplace posterior after the fact (arXiv:2412.06014)."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .backbones import UnsupportedBackboneError
 from .configuration_bayesvlm import BayesVLMConfig
 from .cosine import GaussianEmbedding
 from .embedded import EMBEDDED_MODEL, SampleImage, sample_images
-from .estimation import estimate_posterior
 from .hub_errors import HubError
 from .images import ImageInputError
 from .modeling_bayesvlm import BayesVLMForZeroShot, BayesVLMOutput
@@ -13,9 +17,15 @@ from .pipeline import BayesVLMZeroShotImageClassificationPipeline
 from .posterior import BayesVLMPosterior, ModalityPosterior
 from .posterior_files import PosteriorError
 from .registration import register
-from .sources import open_dataset
+
+if TYPE_CHECKING:
+    from .estimation import estimate_posterior
+    from .sources import open_dataset
 
 register()
+
+# They need `datasets`, which takes half a second to import; who classifies does not need it.
+_LAZY = {"estimate_posterior": "estimation", "open_dataset": "sources"}
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -37,3 +47,13 @@ __all__ = [
     "register",
     "sample_images",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -114,3 +114,12 @@ for task in ("zero-shot-image-classification", "bayesvlm-zero-shot-image-classif
     stock, ours = ({entry["label"]: entry["score"] for entry in row[1]} for row in rows)
     assert stock.keys() == ours.keys() == {"cat", "dog"}
     assert abs(stock["cat"] - ours["cat"]) < 1e-5
+
+
+def test_importing_leaves_data_sets_and_plots_alone() -> None:
+    code = (
+        "import sys, hf_bayesvlm; heavy = {'datasets', 'matplotlib', 'gradio'}; "
+        "print(sorted(heavy & set(sys.modules)), hf_bayesvlm.open_dataset.__name__, "
+        "'estimate_posterior' in dir(hf_bayesvlm))"
+    )
+    assert run(code).split() == ["[]", "open_dataset", "True"]
