@@ -272,12 +272,12 @@ def _ggn_sum(
         diagonal, gram, u, q = chunk_terms(directions, targets, weights, logit_scale, logit_bias)
         candidate_weights += diagonal
         # -xhat u' - u xhat' + q xhat xhat' is symmetric: one product serves both halves.
-        half = directions.T @ (weights * (0.5 * q * directions - u))
+        half = _float64_product(directions, weights * (0.5 * q * directions - u))
         rest += half + half.T
         if gram is not None:
             rest += gram
-    scaled = targets * candidate_weights.sqrt().to(dtype)[:, None]
-    total = (scaled.T @ scaled).to(torch.float64) + rest
+    scaled = targets.to(torch.float64) * candidate_weights.sqrt()[:, None]
+    total = scaled.T @ scaled + rest
     if not torch.isfinite(total).all():
         raise ValueError(
             f"the curvature overflows {dtype}: the source embeddings are too short for it, use float64"
@@ -319,8 +319,8 @@ def _softmax_terms(
     delta = pulled - other_mass * top_targets
     diagonal = (weights.T @ others)[0].to(torch.float64)
     diagonal.index_add_(0, top[:, 0], (weights * other_mass)[:, 0].to(torch.float64))
-    cross = (weights * pulled).T @ top_targets
-    gram = -(cross + cross.T) - delta.T @ (weights * delta)
+    cross = _float64_product(weights * pulled, top_targets)
+    gram = -(cross + cross.T) - _float64_product(delta, weights * delta)
 
     others *= cosines
     shift = others.sum(dim=1, keepdim=True)
@@ -328,6 +328,14 @@ def _softmax_terms(
     others *= cosines
     q = others.sum(dim=1, keepdim=True) - shift**2
     return diagonal, gram, u, q
+
+
+def _float64_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left.T @ right` summed over the rows in float64, so that the sum does not depend on how rows are split.
+
+    These products are `[features, features]`: beside those with the candidates their cost vanishes.
+    """
+    return left.T.to(torch.float64) @ right.to(torch.float64)
 
 
 def _sigmoid_terms(

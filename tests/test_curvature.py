@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -590,3 +591,40 @@ def test_candidates_in_a_narrow_cone_keep_their_digits(generator: torch.Generato
     single = info_nce_ggn(source.float(), target.float(), 10.0).double()
     assert (single - exact).norm() < 1e-3 * exact.norm()
     assert torch.linalg.eigvalsh(single)[0] > -1e-5 * torch.linalg.eigvalsh(exact)[-1]
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])
+def test_sums_do_not_depend_on_how_rows_are_split(
+    likelihood: Any, generator: torch.Generator
+) -> None:
+    # A narrow cone, as CLIP's texts: here the terms are largest against their sum.
+    centre = torch.randn(1, 64, generator=generator)
+    source = centre + 0.3 * torch.randn(192, 64, generator=generator)
+    target = -centre + 0.3 * torch.randn(192, 64, generator=generator)
+    sums = []
+    for parts in (1, 2, 3):
+        accumulator = CurvatureAccumulator(likelihood, 33.0)
+        for rows in source.chunk(parts):
+            accumulator.update(rows, rows, target)
+        sums.append(accumulator.sums())
+    for found in sums[1:]:
+        assert found is not None
+        assert sums[0] is not None
+        assert (found[1] - sums[0][1]).norm() < 5e-7 * sums[0][1].norm()
+
+
+def test_sums_of_others_are_added(generator: torch.Generator) -> None:
+    rows = [torch.randn(6, d, generator=generator) for d in (5, 3, 3)]
+    whole, first, second = (CurvatureAccumulator("softmax", 10.0) for _ in range(3))
+    assert first.sums() is None
+    whole.update(*rows)
+    first.update(rows[0][:2], rows[1][:2], rows[2])
+    second.update(rows[0][2:], rows[1][2:], rows[2])
+    first.add_sums(*second.sums(), second.num_pairs)
+    torch.testing.assert_close(first.factors().B, whole.factors().B, rtol=1e-5, atol=1e-6)
+    assert first.num_pairs == 6
+    with pytest.raises(ValueError, match="float64"):
+        first.add_sums(torch.eye(5), torch.eye(3), 1)
+    with pytest.raises(ValueError, match="earlier blocks"):
+        first.add_sums(torch.eye(4).double(), torch.eye(3).double(), 1)
+    assert first.num_pairs == 6
