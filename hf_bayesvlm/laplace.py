@@ -69,11 +69,47 @@ def optimize_prior_precision(
         >>> round(optimize_prior_precision(A, B, 6.0, 1.0, objective="evidence", damping="exact"), 6)
         0.618034
     """
-    weight_norm_squared = _as_float(weight_norm_squared)
-    check_positive("weight_norm_squared", weight_norm_squared)
-    check_positive("pseudo_data_count", pseudo_data_count)
+    weight_norm_squared = _checked_norm(weight_norm_squared, pseudo_data_count)
     _check_choice(objective, damping)
-    alpha, beta = _spectrum(A), _spectrum(B)
+    return best_prior_precision(
+        symmetric_eigvalsh(A),
+        symmetric_eigvalsh(B),
+        weight_norm_squared,
+        pseudo_data_count,
+        objective,
+        damping=damping,
+    )
+
+
+def best_prior_precision(
+    in_values: Tensor,
+    out_values: Tensor,
+    weight_norm_squared: float | Tensor,
+    pseudo_data_count: float,
+    objective: Objective = "reference",
+    *,
+    damping: Damping = "factored",
+) -> float:
+    r"""As `optimize_prior_precision`, from eigenvalues that are known already.
+
+    Args:
+        in_values: Eigenvalues of `A`, ascending, `[in_features]`.
+        out_values: Eigenvalues of `B`, ascending, `[features]`.
+        weight_norm_squared: $|W_{MAP}|^2$.
+        pseudo_data_count: $\tau$.
+        objective: `"reference"` or `"evidence"`.
+        damping: Which posterior the evidence is of.
+
+    Returns:
+        The maximiser, a positive float.
+
+    Raises:
+        NoMaximumError: As `optimize_prior_precision`.
+        ValueError: For non-positive scalars, or an unknown objective or damping.
+    """
+    weight_norm_squared = _checked_norm(weight_norm_squared, pseudo_data_count)
+    _check_choice(objective, damping)
+    alpha, beta = _without_rounding(in_values), _without_rounding(out_values)
     slope = _objective_slope(
         alpha, beta, weight_norm_squared, float(pseudo_data_count), objective, damping
     )
@@ -88,6 +124,58 @@ def optimize_prior_precision(
             f"weight_norm_squared={weight_norm_squared} is too small to fix a precision"
         )
     return math.exp(_bisect(slope))
+
+
+def implied_weight_norm_squared(
+    A: Tensor,
+    B: Tensor,
+    prior_precision: float,
+    pseudo_data_count: float,
+    objective: Objective = "reference",
+    *,
+    damping: Damping = "factored",
+) -> float:
+    r"""The $|W_{MAP}|^2$ under which a prior precision maximises an objective.
+
+    The objective's derivative in $\log\lambda$ is $s(\lambda) - \frac{\lambda}{2}|W|^2$, where $s$ does not depend
+    on $W$.  At the maximum it is zero, so that $|W|^2 = 2 s(\lambda) / \lambda$ exactly.  This recovers the norm of
+    the projection from a published prior precision, without the weights of the model.
+
+    Args:
+        A: Input factor, `[in_features, in_features]`.
+        B: Output factor, `[features, features]`.
+        prior_precision: $\lambda$, as it was chosen.
+        pseudo_data_count: $\tau$ that it was chosen for.
+        objective: The objective that it was chosen by.
+        damping: The damping that it was chosen for.
+
+    Returns:
+        The squared norm, a positive float.
+
+    Raises:
+        ValueError: If no norm makes this prior precision a maximum, for damaged factors, non-positive scalars,
+            or an unknown objective or damping.
+
+    Example:
+        >>> import torch
+        >>> A, B = torch.eye(3, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+        >>> best = optimize_prior_precision(A, B, 6.0, 1.0, "evidence")
+        >>> round(implied_weight_norm_squared(A, B, best, 1.0, "evidence"), 9)
+        6.0
+    """
+    check_positive("prior_precision", prior_precision)
+    check_positive("pseudo_data_count", pseudo_data_count)
+    _check_choice(objective, damping)
+    alpha, beta = _spectrum(A), _spectrum(B)
+    slope = _objective_slope(alpha, beta, 0.0, float(pseudo_data_count), objective, damping)
+    norm = 2.0 * slope(math.log(prior_precision)) / prior_precision
+    if not norm > 0.0:
+        raise ValueError(
+            f"a prior precision of {prior_precision:g} at a pseudo-data count of {pseudo_data_count:g} "
+            f"maximises the {objective} objective for no projection: it was not chosen by it. Give the norm "
+            "of the projection"
+        )
+    return norm
 
 
 def log_objective(
@@ -108,9 +196,7 @@ def log_objective(
     Raises:
         ValueError: As `optimize_prior_precision`.
     """
-    weight_norm_squared = _as_float(weight_norm_squared)
-    check_positive("weight_norm_squared", weight_norm_squared)
-    check_positive("pseudo_data_count", pseudo_data_count)
+    weight_norm_squared = _checked_norm(weight_norm_squared, pseudo_data_count)
     check_positive("prior_precision", prior_precision)
     _check_choice(objective, damping)
     alpha, beta = _spectrum(A), _spectrum(B)
@@ -130,7 +216,10 @@ def log_objective(
 
 def _spectrum(matrix: Tensor) -> Tensor:
     """Eigenvalues of a factor, exactly 0 where they are within rounding of it."""
-    values = symmetric_eigvalsh(matrix)
+    return _without_rounding(symmetric_eigvalsh(matrix))
+
+
+def _without_rounding(values: Tensor) -> Tensor:
     return torch.where(values > _RANK_TOLERANCE * values[-1], values, 0.0)
 
 
@@ -183,6 +272,13 @@ def _bisect(slope: Callable[[float], float]) -> float:
             low = middle
         else:
             high = middle
+
+
+def _checked_norm(weight_norm_squared: float | Tensor, pseudo_data_count: float) -> float:
+    weight_norm_squared = _as_float(weight_norm_squared)
+    check_positive("weight_norm_squared", weight_norm_squared)
+    check_positive("pseudo_data_count", pseudo_data_count)
+    return weight_norm_squared
 
 
 def _check_choice(objective: str, damping: str) -> None:
