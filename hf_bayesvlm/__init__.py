@@ -6,12 +6,15 @@ from .configuration_bayesvlm import BayesVLMConfig
 from .cosine import GaussianEmbedding
 from .embedded import EMBEDDED_MODEL, SampleImage, sample_images
 from .estimation import estimate_posterior
+from .features import LabelledFeatures, embed_labelled
 from .images import ImageInputError
 from .modeling_bayesvlm import BayesVLMForZeroShot, BayesVLMOutput
 from .pipeline import BayesVLMZeroShotImageClassificationPipeline
 from .posterior import BayesVLMPosterior, ModalityPosterior
 from .posterior_files import PosteriorError
 from .registration import register
+from .tuning import tune_posterior
+from .tuning_result import TuningResult
 
 register()
 
@@ -24,12 +27,16 @@ __all__ = [
     "BayesVLMZeroShotImageClassificationPipeline",
     "GaussianEmbedding",
     "ImageInputError",
+    "LabelledFeatures",
     "ModalityPosterior",
     "PosteriorError",
     "SampleImage",
+    "TuningResult",
     "UnsupportedBackboneError",
     "__version__",
+    "embed_labelled",
     "estimate_posterior",
     "register",
     "sample_images",
+    "tune_posterior",
 ]

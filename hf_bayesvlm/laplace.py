@@ -1,7 +1,7 @@
 r"""Choice of the prior precision $\lambda$ by maximising an objective of the Laplace posterior.
 
 Once the eigenvalues of the factors are known, both objectives are functions of one scalar and concave
-in $\log\lambda$: their derivative is a sum of terms that fall monotonically.  A bracketed bisection of the
+in $\log\lambda$: their derivative is a sum of terms that fall monotonically.  A bracketed root search on the
 derivative therefore finds *the* maximum to machine precision, without a learning rate.
 
 `"evidence"` is the Laplace evidence (arXiv:2104.04975) up to constants,
@@ -123,7 +123,7 @@ def best_prior_precision(
         raise ValueError(
             f"weight_norm_squared={weight_norm_squared} is too small to fix a precision"
         )
-    return math.exp(_bisect(slope))
+    return math.exp(_falling_root(slope))
 
 
 def implied_weight_norm_squared(
@@ -240,7 +240,7 @@ def _objective_slope(
 
         def exact(log_lam: float) -> float:
             lam = math.exp(log_lam)
-            shrunk = (lam / (curvature + lam)).sum().item()
+            shrunk = lam * (curvature + lam).reciprocal_().sum().item()
             return half_size - 0.5 * (lam * weight_norm_squared + shrunk)
 
         return exact
@@ -261,17 +261,33 @@ def _objective_slope(
     return factored
 
 
-def _bisect(slope: Callable[[float], float]) -> float:
-    """Root of a falling function on the log axis, to machine precision."""
-    low, high = -_LOG_BOUND, _LOG_BOUND
+def _falling_root(slope: Callable[[float], float]) -> float:
+    """Root of a falling function on the log axis, to machine precision.
+
+    Inverse quadratic interpolation in a bracket, bisection where that is not safe (Chandrupatla 1997):
+    about 15 evaluations, where bisection alone needs 60.
+    """
+    a, b = -_LOG_BOUND, _LOG_BOUND
+    f_a, f_b = slope(a), slope(b)
+    step = 0.5
     while True:
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            return middle
-        if slope(middle) > 0.0:
-            low = middle
+        x = a + step * (b - a)
+        f_x = slope(x)
+        if (f_x > 0.0) == (f_a > 0.0):
+            c, f_c, a, f_a = a, f_a, x, f_x
         else:
-            high = middle
+            c, f_c, b, f_b, a, f_a = b, f_b, a, f_a, x, f_x
+        best = a if abs(f_a) < abs(f_b) else b
+        resolution = 4.0 * math.ulp(max(abs(best), 1.0)) / abs(b - a) if a != b else 1.0
+        if resolution >= 0.5 or f_a == 0.0:
+            return best
+        xi, phi = (a - b) / (c - b), (f_a - f_b) / (f_c - f_b)
+        step = 0.5
+        if 1.0 - math.sqrt(1.0 - xi) < phi < math.sqrt(xi):
+            first = f_a / (f_b - f_a) * f_c / (f_b - f_c)
+            second = (c - a) / (b - a) * f_a / (f_c - f_a) * f_b / (f_c - f_b)
+            step = first + second
+        step = min(max(step, resolution), 1.0 - resolution)
 
 
 def _checked_norm(weight_norm_squared: float | Tensor, pseudo_data_count: float) -> float:

@@ -26,8 +26,21 @@ ROWS = [
         "outputs",
         "modeling_bayesvlm",
     },
-    {"images", "label_cache", "pipeline", "estimation", "registration", "embedded", "plotting"},
-    {"cli", "cli_common", "cli_classify", "__init__"},
+    {
+        "images",
+        "label_cache",
+        "pipeline",
+        "estimation",
+        "registration",
+        "embedded",
+        "plotting",
+        "features",
+        "tuning",
+        "tuning_grid",
+        "tuning_result",
+        "plotting_tuning",
+    },
+    {"cli", "cli_common", "cli_classify", "cli_tune", "cli_import", "__init__"},
 ]
 
 
