@@ -10,6 +10,7 @@ import typer
 
 from ._version import __version__
 from .cli_classify import classify
+from .cli_import import import_reference
 from .cli_tune import tune
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ def _main(
 
 app.command()(classify)
 app.command()(tune)
+app.command()(import_reference)
 
 
 def main() -> None:
