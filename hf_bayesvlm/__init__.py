@@ -20,12 +20,22 @@ from .registration import register
 
 if TYPE_CHECKING:
     from .estimation import estimate_posterior
+    from .features import LabelledFeatures, embed_labelled
     from .sources import open_dataset
+    from .tuning import tune_posterior
+    from .tuning_result import TuningResult
 
 register()
 
-# They need `datasets`, which takes half a second to import; who classifies does not need it.
-_LAZY = {"estimate_posterior": "estimation", "open_dataset": "sources"}
+# Who classifies does not need them, nor `datasets`, which takes half a second to import.
+_LAZY = {
+    "LabelledFeatures": "features",
+    "TuningResult": "tuning_result",
+    "embed_labelled": "features",
+    "estimate_posterior": "estimation",
+    "open_dataset": "sources",
+    "tune_posterior": "tuning",
+}
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -37,15 +47,19 @@ __all__ = [
     "GaussianEmbedding",
     "HubError",
     "ImageInputError",
+    "LabelledFeatures",
     "ModalityPosterior",
     "PosteriorError",
     "SampleImage",
+    "TuningResult",
     "UnsupportedBackboneError",
     "__version__",
+    "embed_labelled",
     "estimate_posterior",
     "open_dataset",
     "register",
     "sample_images",
+    "tune_posterior",
 ]
 
 

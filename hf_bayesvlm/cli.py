@@ -11,6 +11,8 @@ import typer
 from ._version import __version__
 from .cli_classify import classify
 from .cli_fit import fit
+from .cli_import import import_reference
+from .cli_tune import tune
 
 app = typer.Typer(
     name="bayesvlm",
@@ -39,6 +41,8 @@ def _main(
 
 app.command()(classify)
 app.command()(fit)
+app.command()(tune)
+app.command()(import_reference)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -89,6 +90,24 @@ def load_model(
         raise ValueError(
             f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def load_processor(name: str, *, revision: str | None = None) -> Any:
+    """Tokenizer and image processor of a model, whether or not it was saved with a processor of its own.
+
+    Args:
+        name: Hub id or folder.
+        revision: Revision on the Hub.
+
+    Returns:
+        An object with `tokenizer` and `image_processor`.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    return SimpleNamespace(
+        tokenizer=AutoTokenizer.from_pretrained(name, revision=revision),
+        image_processor=AutoImageProcessor.from_pretrained(name, revision=revision),
+    )
 
 
 def fail(stderr: Console, error: Exception) -> NoReturn:

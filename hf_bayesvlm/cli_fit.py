@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_common import check_device, fail, load_model
+from .cli_common import check_device, fail, load_model, load_processor
 from .posterior_files import POSTERIOR_CONFIG_NAME, hub_id
 
 if TYPE_CHECKING:
@@ -206,8 +206,6 @@ def _estimate(
     image_root: str | None,
     options: dict[str, Any],
 ) -> BayesVLMPosterior:
-    from transformers import AutoProcessor
-
     from .estimation import estimate_posterior
     from .sources import find_columns, open_dataset
 
@@ -216,7 +214,7 @@ def _estimate(
         opened = open_dataset(dataset, **open_options)
         image_column, text_column = find_columns(opened.dataset, *columns)
         loaded = load_model(model, revision=model_revision)
-        processor = AutoProcessor.from_pretrained(model, revision=model_revision)
+        processor = load_processor(model, revision=model_revision)
     return estimate_posterior(
         loaded,
         processor,

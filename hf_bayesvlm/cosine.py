@@ -114,8 +114,53 @@ class CosineGeometry:
     text_spread: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class CosineFrame:
+    """What ProbCosine needs of two posteriors' eigenbases alone (`cosine_frame`).
+
+    It is the same for every pseudo-data count, prior precision and damping.
+
+    Attributes:
+        image_axes: As in `CosineGeometry`.
+        text_axes: As in `CosineGeometry`.
+        overlap: As in `CosineGeometry`.
+        image_spread: Diagonal form: maps variances along the image eigenvectors to coordinate variances,
+            `[features, features]`.
+        text_spread: As `image_spread`, for the text.
+    """
+
+    image_axes: Tensor | None = None
+    text_axes: Tensor | None = None
+    overlap: Tensor | None = None
+    image_spread: Tensor | None = None
+    text_spread: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PairProducts:
+    """What ProbCosine needs of the means of `N` images and `C` texts (`pair_products`).
+
+    Attributes:
+        inner: Inner products of the means, `[N, C]`.
+        image_norm: Squared lengths of the image means, `[N]`.
+        text_norm: Squared lengths of the text means, `[C]`.
+        image_along: Squared components of the image means along the text's axes, `[N, features]`.
+        text_along: Squared components of the text means along the image's axes, `[C, features]`.
+    """
+
+    inner: Tensor
+    image_norm: Tensor
+    text_norm: Tensor
+    image_along: Tensor
+    text_along: Tensor
+
+
 def gaussian_embedding(
-    mean: Tensor, features: Tensor, covariance: KroneckerGaussian | None
+    mean: Tensor,
+    features: Tensor,
+    covariance: KroneckerGaussian | None,
+    *,
+    squared_coordinates: Tensor | None = None,
 ) -> GaussianEmbedding:
     """Attach the posterior's covariance to MAP embeddings.
 
@@ -123,13 +168,17 @@ def gaussian_embedding(
         mean: Unnormalised embeddings, `[batch, features]`.
         features: Inputs of the projection (1 appended for a bias), `[batch, in_features (+1)]`.
         covariance: Posterior of the projection, or None for no uncertainty.
+        squared_coordinates: `(features @ covariance.in_basis) ** 2` where it is known already, because
+            another posterior with the same basis needed it, `[batch, in_features (+1)]`.
 
     Returns:
         The Gaussian embeddings.
     """
     if covariance is None:
         return GaussianEmbedding(mean, features, mean.new_zeros(mean.shape[0]))
-    squared = (features @ covariance.in_basis).square()
+    squared = squared_coordinates
+    if squared is None:
+        squared = (features @ covariance.in_basis).square()
     if covariance.joint_variance is not None:
         spectrum = squared @ covariance.joint_variance.T
         return GaussianEmbedding(mean, features, spectrum.mean(dim=1), spectrum)
@@ -184,29 +233,90 @@ def cosine_geometry(
     Raises:
         ValueError: For an unknown form, two dampings, or projections into spaces of different size.
     """
+    return framed_geometry(cosine_frame(image.out_basis, text.out_basis, covariance), image, text)
+
+
+def cosine_frame(
+    image_basis: Tensor, text_basis: Tensor, covariance: CovarianceForm = "diagonal"
+) -> CosineFrame:
+    """The part of ProbCosine's constants that depends on the eigenbases only.
+
+    Args:
+        image_basis: `out_basis` of the image posterior, `[features, features]`.
+        text_basis: `out_basis` of the text posterior, `[features, features]`.
+        covariance: `"diagonal"` or `"full"`.
+
+    Returns:
+        The frame.
+
+    Raises:
+        ValueError: For an unknown form, or projections into spaces of different size.
+    """
     if covariance not in ("diagonal", "full"):
         raise ValueError(f"covariance must be 'diagonal' or 'full', not {covariance!r}")
+    if image_basis.shape != text_basis.shape:
+        raise ValueError("image and text posteriors are for embeddings of different sizes")
+    if covariance == "full":
+        overlap = (image_basis.T @ text_basis).square()
+        return CosineFrame(image_axes=image_basis, text_axes=text_basis, overlap=overlap)
+    return CosineFrame(image_spread=image_basis.square(), text_spread=text_basis.square())
+
+
+def framed_geometry(
+    frame: CosineFrame, image: KroneckerGaussian, text: KroneckerGaussian
+) -> CosineGeometry:
+    """Fill a frame with the variances of two posteriors in its eigenbases.
+
+    Args:
+        frame: From `cosine_frame`.
+        image: Posterior of the image projection.
+        text: Posterior of the text projection.
+
+    Returns:
+        ProbCosine's constants.
+
+    Raises:
+        ValueError: For two dampings.
+    """
     if image.damping != text.damping:
         raise ValueError(
             f"image has {image.damping} damping, text {text.damping}: use one for both"
         )
-    if image.out_basis.shape != text.out_basis.shape:
-        raise ValueError("image and text posteriors are for embeddings of different sizes")
-    if covariance == "full":
+    axes = {
+        "image_axes": frame.image_axes,
+        "text_axes": frame.text_axes,
+        "overlap": frame.overlap,
+    }
+    f_image, f_text = image.out_variance, text.out_variance
+    if f_image is None or f_text is None:
         return CosineGeometry(
-            image_axes=image.out_basis,
-            text_axes=text.out_basis,
-            overlap=(image.out_basis.T @ text.out_basis).square(),
-            image_variance=image.out_variance,
-            text_variance=text.out_variance,
+            **axes, image_spread=frame.image_spread, text_spread=frame.text_spread
         )
-    image_spread, text_spread = image.out_basis.square(), text.out_basis.square()
-    if image.out_variance is not None and text.out_variance is not None:
-        return CosineGeometry(
-            image_variance=image_spread @ image.out_variance,
-            text_variance=text_spread @ text.out_variance,
-        )
-    return CosineGeometry(image_spread=image_spread, text_spread=text_spread)
+    if frame.image_spread is not None and frame.text_spread is not None:
+        f_image, f_text = frame.image_spread @ f_image, frame.text_spread @ f_text
+    return CosineGeometry(**axes, image_variance=f_image, text_variance=f_text)
+
+
+def pair_products(
+    image: GaussianEmbedding, text: GaussianEmbedding, frame: CosineFrame | CosineGeometry
+) -> PairProducts:
+    """The part of ProbCosine that depends on the means and the axes only.
+
+    Args:
+        image: `N` embeddings.
+        text: `C` embeddings.
+        frame: The axes.
+
+    Returns:
+        The products.
+    """
+    return PairProducts(
+        inner=image.mean @ text.mean.T,
+        image_norm=image.mean.square().sum(dim=1),
+        text_norm=text.mean.square().sum(dim=1),
+        image_along=_along(image.mean, frame.text_axes),
+        text_along=_along(text.mean, frame.image_axes),
+    )
 
 
 def prob_cosine(
@@ -215,6 +325,7 @@ def prob_cosine(
     geometry: CosineGeometry | None,
     *,
     modalities: Modalities = "both",
+    products: PairProducts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance of all pairs' cosine similarities.
 
@@ -223,6 +334,7 @@ def prob_cosine(
         text: `C` Gaussian embeddings.
         geometry: Constants of the posterior, or None for no uncertainty.
         modalities: Whose uncertainty counts; the other's is taken as zero.
+        products: `pair_products` of these embeddings along these axes, where they are known already.
 
     Returns:
         Means `[N, C]` and variances `[N, C]`; variances are never negative.
@@ -247,40 +359,46 @@ def prob_cosine(
                 f"the {name} embedding and the geometry are of different dampings: encode it again "
                 "with the posterior that the geometry is of"
             )
-    if factored:
-        return _factored_moments(image, text, geometry)
-    return _exact_moments(image, text, geometry)
+    products = products or pair_products(image, text, geometry)
+    moments = _factored_moments if factored else _exact_moments
+    return moments(image, text, geometry, products)
 
 
 def _factored_moments(
-    image: GaussianEmbedding, text: GaussianEmbedding, geometry: CosineGeometry
+    image: GaussianEmbedding,
+    text: GaussianEmbedding,
+    geometry: CosineGeometry,
+    products: PairProducts,
 ) -> tuple[Tensor, Tensor]:
     f_image, f_text = geometry.image_variance, geometry.text_variance
     assert f_image is not None and f_text is not None
-    inverse_image = 1.0 / (image.mean.square().sum(dim=1) + image.scale * f_image.sum())
-    inverse_text = 1.0 / (text.mean.square().sum(dim=1) + text.scale * f_text.sum())
+    inverse_image = 1.0 / (products.image_norm + image.scale * f_image.sum())
+    inverse_text = 1.0 / (products.text_norm + text.scale * f_text.sum())
     cross_trace = f_image @ (f_text if geometry.overlap is None else geometry.overlap @ f_text)
-    spread_image = _along(image.mean, geometry.text_axes) @ f_text
-    spread_text = _along(text.mean, geometry.image_axes) @ f_image
+    spread_image = products.image_along @ f_text
+    spread_text = products.text_along @ f_image
     left = torch.stack([image.scale, spread_image], dim=1) * inverse_image[:, None]
     right = torch.stack([text.scale * cross_trace + spread_text, text.scale])
-    mean = _scaled_product(image.mean, text.mean, inverse_image, inverse_text)
+    mean = _scaled(products.inner, inverse_image, inverse_text)
     return mean, left @ (right * inverse_text)
 
 
 def _exact_moments(
-    image: GaussianEmbedding, text: GaussianEmbedding, geometry: CosineGeometry
+    image: GaussianEmbedding,
+    text: GaussianEmbedding,
+    geometry: CosineGeometry,
+    products: PairProducts,
 ) -> tuple[Tensor, Tensor]:
     assert image.spectrum is not None and text.spectrum is not None
     v_image, v_text = image.spectrum, text.spectrum
-    inverse_image = 1.0 / (image.mean.square().sum(dim=1) + v_image.sum(dim=1))
-    inverse_text = 1.0 / (text.mean.square().sum(dim=1) + v_text.sum(dim=1))
+    inverse_image = 1.0 / (products.image_norm + v_image.sum(dim=1))
+    inverse_text = 1.0 / (products.text_norm + v_text.sum(dim=1))
     if geometry.image_spread is not None and geometry.text_spread is not None:
         v_image, v_text = v_image @ geometry.image_spread.T, v_text @ geometry.text_spread.T
     seen_by_text = v_image if geometry.overlap is None else v_image @ geometry.overlap
-    left = torch.cat([seen_by_text + _along(image.mean, geometry.text_axes), v_image], dim=1)
-    right = torch.cat([v_text, _along(text.mean, geometry.image_axes)], dim=1)
-    mean = _scaled_product(image.mean, text.mean, inverse_image, inverse_text)
+    left = torch.cat([seen_by_text + products.image_along, v_image], dim=1)
+    right = torch.cat([v_text, products.text_along], dim=1)
+    mean = _scaled(products.inner, inverse_image, inverse_text)
     return mean, (left * inverse_image[:, None]) @ (right * inverse_text[:, None]).T
 
 
@@ -289,5 +407,5 @@ def _along(mean: Tensor, axes: Tensor | None) -> Tensor:
     return (mean if axes is None else mean @ axes).square()
 
 
-def _scaled_product(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
-    return (left * left_scale.sqrt()[:, None]) @ (right * right_scale.sqrt()[:, None]).T
+def _scaled(inner: Tensor, left_scale: Tensor, right_scale: Tensor) -> Tensor:
+    return inner * left_scale.sqrt()[:, None] * right_scale.sqrt()

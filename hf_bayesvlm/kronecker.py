@@ -70,6 +70,25 @@ class KroneckerGaussian:
         return KroneckerGaussian(**moved)
 
 
+@dataclass(frozen=True)
+class FactorSpectra:
+    """Eigendecompositions of the two factors of a projection: all that its posteriors are made of.
+
+    Computed once (`factor_spectra`), they serve every pseudo-data count, prior precision and damping.
+
+    Attributes:
+        in_values: Eigenvalues of `A`, ascending and non-negative, `[in_features]`.
+        in_basis: Eigenvectors of `A` in columns, `[in_features, in_features]`.
+        out_values: Eigenvalues of `B`, `[features]`.
+        out_basis: Eigenvectors of `B` in columns, `[features, features]`.
+    """
+
+    in_values: Tensor
+    in_basis: Tensor
+    out_values: Tensor
+    out_basis: Tensor
+
+
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (clamped at 0) and eigenvectors of a symmetric positive semi-definite matrix.
 
@@ -145,22 +164,64 @@ def posterior_covariance(
     Raises:
         ValueError: For a damaged factor, a non-positive hyperparameter or an unknown damping.
     """
-    check_positive("pseudo_data_count", pseudo_data_count)
-    check_positive("prior_precision", prior_precision)
-    if damping not in ("factored", "exact"):
-        raise ValueError(f"damping must be 'factored' or 'exact', not {damping!r}")
-    alpha, in_basis = symmetric_eigh(A)
-    beta, out_basis = symmetric_eigh(B)
+    _check_hyperparameters(pseudo_data_count, prior_precision, damping)
+    return damped_covariance(
+        factor_spectra(A, B),
+        pseudo_data_count=pseudo_data_count,
+        prior_precision=prior_precision,
+        damping=damping,
+    )
+
+
+def factor_spectra(A: Tensor, B: Tensor) -> FactorSpectra:
+    """Decompose the factors of a projection once, for many posteriors.
+
+    Args:
+        A: Input factor, `[in_features, in_features]`.
+        B: Output factor, `[features, features]`.
+
+    Returns:
+        The spectra, float64.
+
+    Raises:
+        ValueError: For a damaged factor.
+    """
+    return FactorSpectra(*symmetric_eigh(A), *symmetric_eigh(B))
+
+
+def damped_covariance(
+    spectra: FactorSpectra,
+    *,
+    pseudo_data_count: float,
+    prior_precision: float,
+    damping: Damping = "factored",
+) -> KroneckerGaussian:
+    r"""As `posterior_covariance`, from factors that are decomposed already.
+
+    Args:
+        spectra: From `factor_spectra`.
+        pseudo_data_count: $\tau$; positive.
+        prior_precision: $\lambda$; positive.
+        damping: `"factored"` or `"exact"`.
+
+    Returns:
+        The covariance, in the dtype of the spectra, whose bases it shares.
+
+    Raises:
+        ValueError: For a non-positive hyperparameter or an unknown damping.
+    """
+    _check_hyperparameters(pseudo_data_count, prior_precision, damping)
+    alpha, beta = spectra.in_values, spectra.out_values
     if damping == "factored":
         root_tau, root_lam = math.sqrt(pseudo_data_count), math.sqrt(prior_precision)
         return KroneckerGaussian(
-            in_basis,
-            out_basis,
+            spectra.in_basis,
+            spectra.out_basis,
             in_variance=1.0 / (root_tau * alpha + root_lam),
             out_variance=1.0 / (root_tau * beta + root_lam),
         )
     precision = pseudo_data_count * torch.outer(beta, alpha) + prior_precision
-    return KroneckerGaussian(in_basis, out_basis, joint_variance=1.0 / precision)
+    return KroneckerGaussian(spectra.in_basis, spectra.out_basis, joint_variance=1.0 / precision)
 
 
 def sample_weights(
@@ -205,6 +266,13 @@ def check_positive(name: str, value: float) -> None:
     """Raise `ValueError` unless `value` is a positive finite number."""
     if not (math.isfinite(value) and value > 0.0):
         raise ValueError(f"{name} must be positive and finite, not {value}")
+
+
+def _check_hyperparameters(pseudo_data_count: float, prior_precision: float, damping: str) -> None:
+    check_positive("pseudo_data_count", pseudo_data_count)
+    check_positive("prior_precision", prior_precision)
+    if damping not in ("factored", "exact"):
+        raise ValueError(f"damping must be 'factored' or 'exact', not {damping!r}")
 
 
 def _symmetrised(matrix: Tensor) -> Tensor:

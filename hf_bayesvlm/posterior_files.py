@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import platform
 from pathlib import Path
 from typing import Any
@@ -233,10 +234,20 @@ def _load_reference_factor(file: Path) -> Tensor:
         raise FileNotFoundError(f"{file} is missing: not a folder of published factors")
     try:
         value = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # The message of torch.load explains how to run such a file; nobody should.
+        raise PosteriorError(
+            f"{file} is not a plain tensor file: it is damaged, or holds objects that could run code, "
+            "which are not loaded"
+        ) from error
     except Exception as error:
-        raise PosteriorError(f"{file} is not a plain tensor file: {error}") from error
+        raise PosteriorError(
+            f"{file} is not a plain tensor file ({error}): it is truncated or damaged, get it again"
+        ) from error
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise PosteriorError(f"{file} holds {type(value).__name__}, not a floating-point tensor")
+    if value.layout is not torch.strided or value.is_meta:
+        raise PosteriorError(f"{file} holds a tensor without dense values, not a factor")
     try:
         symmetric_eigvalsh(value)
     except ValueError as error:

@@ -99,15 +99,51 @@ def open_dataset(
         options = {"path": text, "revision": revision, "token": token}
         name, root = text, None
     else:
-        raise FileNotFoundError(
-            f"no data set {text!r}: give a Hub id, a folder, or files that end in {', '.join(_BUILDERS)}"
-        )
+        raise FileNotFoundError(_no_data_set(text))
     if config is not None:
         options["name"] = config
     chosen = _choose_split(options, split)
     dataset = datasets.load_dataset(**options, split=chosen, streaming=streaming)
     commit = _commit(text, revision, token) if "revision" in options else None
     return OpenedDataset(dataset, name, commit, root)
+
+
+def split_names(
+    source: str | os.PathLike[str],
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> list[str]:
+    """The splits of a data set, without opening it.
+
+    Args:
+        source: As for `open_dataset`.
+        config: Configuration of a Hub data set.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+
+    Returns:
+        Their names; none for files and for what was saved without splits.
+
+    Raises:
+        FileNotFoundError: If there is no such data set.
+    """
+    text = os.fspath(source)
+    folder = Path(text)
+    if text and folder.is_dir():
+        if (folder / "dataset_dict.json").exists():
+            return sorted(path.name for path in folder.iterdir() if path.is_dir())
+        if (folder / "state.json").exists():
+            return []
+    elif _suffix(text) in _BUILDERS:
+        return []
+    elif hub_id(text) is None or "://" in text:
+        raise FileNotFoundError(_no_data_set(text))
+    names = datasets.get_dataset_split_names(
+        text, config_name=config, revision=revision, token=token
+    )
+    return [str(name) for name in names]
 
 
 def find_columns(
@@ -149,6 +185,10 @@ def _pick(kind: str, typed: Sequence[str], names: Sequence[str], usual: Iterable
             f"--{kind}-column ({kind}_column)"
         )
     return found
+
+
+def _no_data_set(text: str) -> str:
+    return f"no data set {text!r}: give a Hub id, a folder, or files that end in {', '.join(_BUILDERS)}"
 
 
 def _from_disk(folder: Path, split: str | None, streaming: bool) -> Any:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from hf_bayesvlm.cosine import (
     GaussianEmbedding,
+    cosine_frame,
     cosine_geometry,
+    framed_geometry,
     fuse_templates,
     gaussian_embedding,
+    pair_products,
     prob_cosine,
 )
 from hf_bayesvlm.kronecker import KroneckerGaussian, posterior_covariance
@@ -438,3 +441,35 @@ def test_an_embedding_of_another_damping_is_refused(generator: torch.Generator) 
         geometry = cosine_geometry(covariances[other], covariances[other])
         with pytest.raises(ValueError, match="different dampings"):
             prob_cosine(embedding, embedding, geometry)
+
+
+@forms
+@both_dampings
+@all_modalities
+def test_what_is_known_already_is_not_needed_again(form, damping, modalities, generator):
+    image, text = tower(generator, N, 6, damping=damping), tower(generator, C, 4, damping=damping)
+    frame = cosine_frame(image.posterior.out_basis, text.posterior.out_basis, form)
+    products = pair_products(image.embedding, text.embedding, frame)
+    geometry = framed_geometry(frame, image.posterior, text.posterior)
+    squared = (image.features @ image.posterior.in_basis).square()
+    known = gaussian_embedding(
+        image.embedding.mean, image.features, image.posterior, squared_coordinates=squared
+    )
+    shared = prob_cosine(known, text.embedding, geometry, modalities=modalities, products=products)
+    fresh = prob_cosine(
+        image.embedding,
+        text.embedding,
+        cosine_geometry(image.posterior, text.posterior, form),
+        modalities=modalities,
+    )
+    for one, other in zip(shared, fresh, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_frame_refuses_what_does_not_fit(generator):
+    image, other = tower(generator, N, 6), tower(generator, C, 4, damping="exact")
+    frame = cosine_frame(image.posterior.out_basis, other.posterior.out_basis)
+    with pytest.raises(ValueError, match="use one for both"):
+        framed_geometry(frame, image.posterior, other.posterior)
+    with pytest.raises(ValueError, match="covariance must be"):
+        cosine_frame(image.posterior.out_basis, other.posterior.out_basis, "none")

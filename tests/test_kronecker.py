@@ -13,6 +13,8 @@ from torch import Tensor
 from hf_bayesvlm.kronecker import (
     KroneckerGaussian,
     check_factor,
+    damped_covariance,
+    factor_spectra,
     joint_variance,
     posterior_covariance,
     sample_weights,
@@ -276,3 +278,20 @@ def test_an_unknown_damping_is_refused():
             prior_precision=1.0,
             damping="diagonal",
         )
+
+
+@both_dampings
+def test_one_decomposition_serves_every_posterior(damping, generator):
+    A, B = psd(generator, K), psd(generator, D)
+    spectra = factor_spectra(A, B)
+    for tau, lam in ((1.0, 1.0), (50.0, 0.2)):
+        options = {"pseudo_data_count": tau, "prior_precision": lam, "damping": damping}
+        shared, fresh = damped_covariance(spectra, **options), posterior_covariance(A, B, **options)
+        assert shared.in_basis is spectra.in_basis
+        for name, value in vars(fresh).items():
+            other = getattr(shared, name)
+            assert (value is None and other is None) or torch.equal(value, other)
+    with pytest.raises(ValueError, match="damping must be"):
+        damped_covariance(spectra, pseudo_data_count=1.0, prior_precision=1.0, damping="none")
+    with pytest.raises(ValueError, match="pseudo_data_count must be positive"):
+        damped_covariance(spectra, pseudo_data_count=0.0, prior_precision=1.0)

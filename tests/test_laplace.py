@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_bayesvlm.laplace import log_objective, optimize_prior_precision
+from hf_bayesvlm.kronecker import symmetric_eigvalsh
+from hf_bayesvlm.laplace import (
+    best_prior_precision,
+    implied_weight_norm_squared,
+    log_objective,
+    optimize_prior_precision,
+)
 
 VARIANTS = [("reference", "factored"), ("evidence", "factored"), ("evidence", "exact")]
 all_variants = pytest.mark.parametrize(("objective", "damping"), VARIANTS)
@@ -306,3 +313,49 @@ def test_published_prior_precisions_come_out(
     # The evidence is another objective: it must not pass for the published one.
     evidence = optimize_prior_precision(A, B, norm, tau, "evidence")
     assert abs(evidence / published - 1.0) > 0.01
+
+
+@pytest.mark.parametrize(("modality", "norm"), [("img", IMAGE_NORM), ("txt", TEXT_NORM)])
+def test_the_published_precision_implies_the_norm_of_the_projection(modality, norm, reference_dir):
+    A, B = published_factors(reference_dir, modality)
+    scalars = json.loads((reference_dir / "prior_precision_analytic.json").read_text())
+    published, tau = scalars[f"lambda_{modality}"], scalars[f"n_{modality}"]
+    implied = implied_weight_norm_squared(A, B, published, tau)
+    assert implied == pytest.approx(norm, rel=1e-4)
+    assert optimize_prior_precision(A, B, implied, tau) == pytest.approx(published, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------- the norm implied
+
+
+@all_variants
+@given(
+    seed=st.integers(0, 1000),
+    norm=st.floats(0.05, 500.0),
+    tau=st.sampled_from([0.1, 1.0, 10.0, 1000.0]),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_implied_norm_inverts_the_choice(objective, damping, seed, norm, tau):
+    generator = torch.Generator().manual_seed(seed)
+    A, B = psd(generator, K), psd(generator, D)
+    best = optimize_prior_precision(A, B, norm, tau, objective, damping=damping)
+    implied = implied_weight_norm_squared(A, B, best, tau, objective, damping=damping)
+    assert implied == pytest.approx(norm, rel=1e-9)
+
+
+def test_a_precision_that_no_norm_explains(generator):
+    # Beyond its balance with the curvature the reference objective only falls, whatever the norm.
+    A, B = psd(generator, K, rank=1), psd(generator, D, rank=1)
+    with pytest.raises(ValueError, match="maximises the reference objective for no projection"):
+        implied_weight_norm_squared(A, B, 1.0, 1.0)
+    with pytest.raises(ValueError, match="prior_precision must be positive"):
+        implied_weight_norm_squared(A, B, 0.0, 1.0)
+
+
+@all_variants
+def test_eigenvalues_are_all_that_the_choice_needs(objective, damping, generator):
+    A, B = psd(generator, K), psd(generator, D)
+    known = best_prior_precision(
+        symmetric_eigvalsh(A), symmetric_eigvalsh(B), 7.0, 3.0, objective, damping=damping
+    )
+    assert known == optimize_prior_precision(A, B, 7.0, 3.0, objective, damping=damping)

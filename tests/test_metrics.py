@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, log_loss
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from hf_bayesvlm.metrics import accuracy, brier, ece, nlpd
+from hf_bayesvlm.metrics import RunningScores, accuracy, brier, ece, nlpd
 
 
 def _case(seed: int, rows: int = 200, classes: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,3 +74,33 @@ def test_bad_input_is_refused(metric) -> None:  # type: ignore[no-untyped-def]
 def test_ece_needs_a_bin() -> None:
     with pytest.raises(ValueError, match="num_bins"):
         ece(*_case(0), num_bins=0)
+
+
+def test_running_scores_are_the_metrics_of_all_batches() -> None:
+    probs, labels = _case(3)
+    scores = RunningScores("softmax")
+    for rows in torch.arange(len(labels)).split(33):
+        scores.update(probs[rows].log(), labels[rows])
+    result = scores.result()
+    for metric in (nlpd, ece, accuracy, brier):
+        assert getattr(result, metric.__name__) == pytest.approx(metric(probs, labels), rel=1e-9)
+
+
+def test_running_scores_of_a_sigmoid_score_every_answer() -> None:
+    logits = torch.tensor([[2.0, -1.0], [-300.0, 5.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0])
+    scores = RunningScores("sigmoid")
+    scores.update(logits, labels)
+    truth = torch.nn.functional.one_hot(labels, 2).double()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    assert scores.result().nlpd == pytest.approx(expected.sum(1).mean().item())
+    assert scores.result().accuracy == 0.5
+
+
+def test_running_scores_refuse_nothing_and_nonsense() -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        RunningScores("softmax").result()
+    with pytest.raises(ValueError, match="likelihood"):
+        RunningScores("probit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_bins"):
+        RunningScores("softmax", num_bins=0)

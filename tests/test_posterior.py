@@ -420,6 +420,31 @@ def test_reference_truncated(tmp_path):
         BayesVLMPosterior.from_reference(tmp_path)
 
 
+def test_reference_with_code_in_it_is_refused_and_not_run(tmp_path):
+    small_reference(tmp_path)
+    witness = tmp_path / "witness"
+
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (witness,)
+
+    file = tmp_path / "B_txt_analytic.pt"
+    for save in (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))):
+        save(Malicious(), file)
+        with pytest.raises(PosteriorError, match="could run code") as caught:
+            BayesVLMPosterior.from_reference(tmp_path)
+        assert "weights_only" not in str(caught.value)
+        assert not witness.exists()
+
+
+@pytest.mark.parametrize("content", [torch.eye(4).to_sparse(), torch.empty(4, 4, device="meta")])
+def test_reference_without_values(content, tmp_path):
+    small_reference(tmp_path)
+    torch.save(content, tmp_path / "A_img_analytic.pt")
+    with pytest.raises(PosteriorError, match=r"A_img_analytic\.pt"):
+        BayesVLMPosterior.from_reference(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["A_txt_analytic.pt", "prior_precision_analytic.json"])
 def test_reference_file_missing(name, tmp_path):
     (small_reference(tmp_path) / name).unlink()
