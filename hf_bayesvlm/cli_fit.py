@@ -122,6 +122,8 @@ def fit(
         _check_target(out, push, overwrite)
         accelerator = _accelerator(device)
         try:
+            if push is not None and accelerator.is_main_process:
+                _check_login(push)
             posterior = _estimate(
                 model,
                 dataset,
@@ -183,6 +185,16 @@ def _check_target(out: Path | None, push: str | None, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"--out {out} cannot be written to")
+
+
+def _check_login(push: str) -> None:
+    """Refuse to publish without an account now, and not after the work."""
+    from huggingface_hub import whoami
+
+    from .hub_errors import explained
+
+    with explained(push):
+        whoami()
 
 
 def _accelerator(device: str | None) -> Any:
