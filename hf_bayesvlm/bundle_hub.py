@@ -11,8 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCardData
+from safetensors import SafetensorError, safe_open
 
 from .bundle_code import code_files, is_remote_code, with_code
+from .configuration_bayesvlm import MODEL_TYPE
 from .hub_errors import HubError
 from .hub_push import CARD_NAME, push_files
 from .posterior_files import hub_id
@@ -186,6 +188,42 @@ def bundle_files(folder: Path) -> dict[str, Path | bytes]:
             "model.save_pretrained()"
         )
     return found
+
+
+def check_bundle_folder(folder: Path) -> None:
+    """Refuse a folder that others could not load as a bundle.
+
+    Args:
+        folder: As written by `save_pretrained`.
+
+    Raises:
+        FileNotFoundError: If configuration or weights are missing.
+        ValueError: If it is another model, or damaged.
+    """
+    names = bundle_files(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not valid JSON: it is damaged") from error
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"{folder} is another model, not a bundle: load it with BayesVLMForZeroShot.from_pretrained(), "
+            "put a posterior on it and save that"
+        )
+    tensors: set[str] = set()
+    for name in names:
+        if name.endswith(".safetensors") and _WEIGHTS.fullmatch(name):
+            try:
+                with safe_open(folder / name, framework="pt") as file:
+                    tensors.update(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{folder / name} cannot be read ({error}): it is truncated or damaged; save it again"
+                ) from error
+    if config.get("posterior") and not any(tensor.startswith("factors.") for tensor in tensors):
+        raise ValueError(
+            f"{folder}: config.json announces a posterior that the weights lack; save the model again"
+        )
 
 
 def bundle_card(config: dict[str, Any]) -> str:

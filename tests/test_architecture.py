@@ -47,7 +47,7 @@ ROWS = [
         "embedded",
         "plotting",
     },
-    {"cli", "cli_common", "cli_classify", "__init__"},
+    {"cli", "cli_common", "cli_classify", "cli_push", "__init__"},
 ]
 
 
