@@ -17,13 +17,19 @@ from .bundle_code import code_files, is_remote_code, with_code
 from .configuration_bayesvlm import MODEL_TYPE
 from .hub_errors import HubError
 from .hub_push import CARD_NAME, push_files
-from .posterior_files import hub_id
+from .posterior_files import POSTERIOR_CONFIG_NAME, POSTERIOR_WEIGHTS_NAME, hub_id
 
-# No pickles, whatever else lies in the folder.
-_ENDINGS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".py"}
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 _IMAGES = {"preprocessor_config.json", "processor_config.json"}
+# Named one by one: whatever else lies in the folder, a trainer's pickles or notes, is nobody's business.
+_FILES = {
+    *("config.json", POSTERIOR_CONFIG_NAME, POSTERIOR_WEIGHTS_NAME),
+    *_TOKENIZER,
+    *_IMAGES,
+    *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+}
+_ENDINGS = {".model", ".jinja"}
 
 
 class BundleHub:
@@ -120,7 +126,7 @@ def push_bundle_folder(
 ) -> CommitInfo:
     """Publish a saved bundle, and its `README.md` if it has one.
 
-    Only files that a bundle consists of are published, never pickles such as a trainer's state.
+    Only files that a bundle consists of are published, nothing else that lies in the folder.
 
     Args:
         folder: As written by `save_pretrained` of model and processor.
@@ -173,15 +179,17 @@ def bundle_files(folder: Path) -> dict[str, Path | bytes]:
         folder: As written by `save_pretrained` of model and processor.
 
     Returns:
-        Paths relative to it, and files.
+        File names and files.
 
     Raises:
         FileNotFoundError: If configuration or weights are missing.
     """
     found: dict[str, Path | bytes] = {}
-    for file in sorted(folder.glob("*")) + sorted(folder.glob("additional_chat_templates/*")):
-        if file.is_file() and file.suffix in _ENDINGS and file.name != CARD_NAME:
-            found[file.relative_to(folder).as_posix()] = file
+    wanted = _FILES | code_files().keys()
+    for file in sorted(folder.glob("*")):
+        known = file.name in wanted or file.suffix in _ENDINGS or _WEIGHTS.fullmatch(file.name)
+        if file.is_file() and known:
+            found[file.name] = file
     if "config.json" not in found or not any(_WEIGHTS.fullmatch(name) for name in found):
         raise FileNotFoundError(
             f"{folder} holds no bundle: config.json or model.safetensors is missing; write both with "

@@ -44,6 +44,7 @@ def test_a_posterior(hub: HubDouble, posterior: Path) -> None:
 def test_a_bundle_as_a_pull_request(hub: HubDouble, tmp_path: Path) -> None:
     folder = save_bundle(fitted("clip"), tmp_path / "bundle")
     (folder / "optimizer.pt").write_bytes(b"a pickle")
+    (folder / "notes.json").write_text("{}")
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-10" / "model.safetensors").write_bytes(b"old")
     hub.put("alice/bundle", {"README.md": "# Theirs"})
@@ -53,7 +54,7 @@ def test_a_bundle_as_a_pull_request(hub: HubDouble, tmp_path: Path) -> None:
     assert done.stdout.strip() == f"{hub.endpoint}/alice/bundle/discussions/1"
     files = hub.files("alice/bundle", "refs/pr/1")
     assert {"model.safetensors", "config.json", "tokenizer.json", "remote_code.py"} <= files.keys()
-    assert not {"optimizer.pt", "checkpoint-10/model.safetensors"} & files.keys()
+    assert not {"optimizer.pt", "notes.json", "checkpoint-10/model.safetensors"} & files.keys()
     assert files["README.md"] == b"# Theirs"
     assert {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()} == before
 

@@ -209,3 +209,18 @@ def test_errors_of_posteriors_on_the_hub(hub: HubDouble, tmp_path: Path) -> None
     assert found["missing"].startswith("OSError")
     assert not hub.seen("GET .*pytorch_model")
     assert WRITE_TOKEN not in json.dumps(found)
+
+
+def test_a_bad_connection_while_loading_a_bundle(hub: HubDouble, tmp_path: Path) -> None:
+    model = fitted("clip")
+    model.save_pretrained(tmp_path / "bundle")
+    hub.put("alice/bundle", tmp_path / "bundle")
+    hub.slow("HEAD", seconds=0.3, times=3)
+    hub.cut("GET /_cdn", after=1000, times=2)
+    (found,) = load(hub, 'of_id, "alice/bundle"')
+    assert found == [variance(model), True, "torch.float32"]
+    assert len(hub.seen("GET /_cdn")) == 3
+    hub.mend()
+    hub.cut("GET /_cdn", after=1000)
+    (found,) = load(hub, 'of_id, "alice/bundle"')
+    assert found.startswith("OSError")
