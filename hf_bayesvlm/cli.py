@@ -12,6 +12,7 @@ from ._version import __version__
 from .cli_classify import classify
 from .cli_fit import fit
 from .cli_import import import_reference
+from .cli_push import push
 from .cli_tune import tune
 
 app = typer.Typer(
@@ -43,6 +44,7 @@ app.command()(classify)
 app.command()(fit)
 app.command()(tune)
 app.command()(import_reference)
+app.command()(push)
 
 
 def main() -> None:

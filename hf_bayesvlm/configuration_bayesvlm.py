@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -99,11 +100,21 @@ class BayesVLMConfig(PreTrainedConfig):
 
         Returns:
             The dictionary of this class and the unused arguments.
+
+        Raises:
+            OSError: If there is no `config.json`.
+            ValueError: If it is damaged.
         """
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not isinstance(config_dict, dict):
             raise ValueError(
                 f"config.json of {pretrained_model_name_or_path} is no JSON object: it is damaged"
+            )
+        if not config_dict and not (folder / "config.json").exists():
+            raise OSError(
+                f"{pretrained_model_name_or_path} does not appear to have a file named config.json: it is "
+                "no model"
             )
         wrapped = wrap_config_dict(config_dict)
         if wrapped.get("vlm_config") is not None and "vlm_config" not in config_dict:

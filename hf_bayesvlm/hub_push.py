@@ -5,10 +5,17 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -37,6 +44,7 @@ def push_files(
     create_pr: bool = False,
     exist_ok: bool = True,
     required: Callable[[set[str]], None] | None = None,
+    outdated: Callable[[str], bool] | None = None,
 ) -> CommitInfo:
     """Publish files in a model repository, in one commit.
 
@@ -56,6 +64,7 @@ def push_files(
         exist_ok: Push to a repository that exists.
         required: Called with the paths that the repository has, before anything is changed; raises if
             something would be missing.
+        outdated: Tells which files of the repository are removed if they are not among `files`.
 
     Returns:
         The commit (the last one, if nothing has changed); as a string, its URL.
@@ -72,14 +81,17 @@ def push_files(
     with explained(repo_id, revision):
         if "/" not in repo_id:
             repo_id = f"{_patiently(api.whoami)['name']}/{repo_id}"
-        found = _open_repository(api, repo_id, private, exist_ok)
-        if required is not None:
-            required(paths_of(found))
-        push = _Push(api, repo_id, files, commit_message, card, revision, create_pr)
+        found = _look_up(api, repo_id)
+        if found is None and required is not None:
+            required(set())
+        _open_repository(api, repo_id, found, private, exist_ok)
+        push = _Push(
+            api, repo_id, files, commit_message, card, revision, create_pr, required, outdated
+        )
         return push.run()
 
 
-def paths_of(info: ModelInfo) -> set[str]:
+def _paths_of(info: ModelInfo) -> set[str]:
     """The files of a revision."""
     return {sibling.rfilename for sibling in info.siblings or []}
 
@@ -109,29 +121,29 @@ def _checked_token(token: str | bool | None) -> str:
     return value
 
 
-def _open_repository(api: HfApi, repo_id: str, private: bool | None, exist_ok: bool) -> ModelInfo:
-    found = _look_up(api, repo_id)
+def _open_repository(
+    api: HfApi, repo_id: str, found: ModelInfo | None, private: bool | None, exist_ok: bool
+) -> None:
     if found is None:
         try:
             _patiently(lambda: api.create_repo(repo_id, private=private))
         except HfHubHTTPError as error:
             # Another process, or a first try whose answer was lost, may have made it.
-            if status_of(error) != 409 or _look_up(api, repo_id) is None:
+            if status_of(error) != 409:
                 raise
-        found = _look_up(api, repo_id)
-        if found is None:
-            raise HubError(f"{repo_id} was made, but the Hub does not show it: push again")
+            found = _look_up(api, repo_id)
+            if found is None:
+                raise
     elif not exist_ok:
         raise HubError(
             f"{repo_id} exists already: choose another name, or leave exist_ok=False out"
         )
-    if private is not None and bool(found.private) != private:
+    if found is not None and private is not None and bool(found.private) != private:
         have, want = ("private", "public") if found.private else ("public", "private")
         raise HubError(
             f"{repo_id} exists and is {have}, not {want}: change that in its settings on the Hub, or "
             "leave private out. Nothing was published"
         )
-    return found
 
 
 def _look_up(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo | None:
@@ -144,21 +156,18 @@ def _look_up(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo
         raise
 
 
+@dataclass
 class _Push:
-    def __init__(
-        self,
-        api: HfApi,
-        repo_id: str,
-        files: Mapping[str, Path | bytes],
-        message: str,
-        card: str | None,
-        revision: str | None,
-        create_pr: bool,
-    ) -> None:
-        self.api, self.repo_id, self.files = api, repo_id, files
-        self.message, self.card = message, card
-        self.revision, self.create_pr = revision, create_pr
-        self.made_branch_at: str | None = None
+    api: HfApi
+    repo_id: str
+    files: Mapping[str, Path | bytes]
+    message: str
+    card: str | None
+    revision: str | None
+    create_pr: bool
+    required: Callable[[set[str]], None] | None
+    outdated: Callable[[str], bool] | None
+    made_branch_at: str | None = None
 
     def run(self) -> CommitInfo:
         """Try until it succeeds or cannot.
@@ -186,7 +195,15 @@ class _Push:
             base = _look_up(self.api, self.repo_id)
         if base is None or base.sha is None:
             raise HubError(f"{self.repo_id} has no revision {self.revision!r} to push to")
-        additions = self.additions(paths_of(base))
+        present = _paths_of(base)
+        if self.required is not None:
+            self.required(present)
+        additions = self.additions(present)
+        deletions = [
+            CommitOperationDelete(path)
+            for path in sorted(present - self.files.keys())
+            if self.outdated is not None and self.outdated(path)
+        ]
         start = None if new_branch else self.revision
         # Large files first: what comes after the branch is made is short.
         self.api.preupload_lfs_files(
@@ -197,7 +214,7 @@ class _Push:
             self.made_branch_at = base.sha
         return self.api.create_commit(
             self.repo_id,
-            additions,
+            [*additions, *deletions],
             commit_message=self.message,
             revision=self.revision,
             create_pr=self.create_pr,

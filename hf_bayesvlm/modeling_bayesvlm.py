@@ -23,6 +23,7 @@ from .backbones import (
 )
 from .base_access import BaseAccess, execution_device
 from .base_check import fit_to_base
+from .bundle_hub import BundleHub
 from .configuration_bayesvlm import BayesVLMConfig
 from .cosine import (
     GaussianEmbedding,
@@ -33,6 +34,7 @@ from .cosine import (
 )
 from .fingerprint import fingerprints_match
 from .kronecker import KroneckerGaussian
+from .model_loading import ModelLoading
 from .outputs import BayesVLMOutput, contrastive_loss
 from .posterior import BayesVLMPosterior
 from .posterior_buffers import PosteriorBuffers
@@ -45,7 +47,7 @@ logger = logging.get_logger(__name__)
 _versions = itertools.count(1)
 
 
-class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
+class BayesVLMForZeroShot(BaseAccess, BundleHub, ModelLoading, PreTrainedModel):  # type: ignore[misc]
     """A CLIP- or SigLIP-like model with a Laplace posterior over its two final projections.
 
     Without a posterior (`is_fitted` is False) it computes exactly what the plain model computes, with a
@@ -85,68 +87,13 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
     # ------------------------------------------------------------------ making one
 
     @classmethod
-    def from_vlm(
-        cls,
-        vlm: PreTrainedModel | str | os.PathLike[str],
-        posterior: BayesVLMPosterior | str | os.PathLike[str] | None = None,
-        *,
-        strict_base: bool = True,
-        **kwargs: Any,
-    ) -> BayesVLMForZeroShot:
-        """Put a posterior on a vision-language model.
-
-        Args:
-            vlm: A loaded model (its weights are shared, its configuration is copied), a folder or a Hub id.
-            posterior: A posterior, a folder or a Hub id; None for a model without one.
-            strict_base: Refuse a posterior that was estimated for other weights.
-            **kwargs: For `from_pretrained`, where `vlm` is a folder or id.
-
-        Returns:
-            The model; one around a loaded model is in the mode (evaluation or training) that this is in.
-
-        Raises:
-            TypeError: If `vlm` is not a transformers model, or is a `BayesVLMForZeroShot` already.
-            UnsupportedBackboneError: If the model does not end in two linear maps.
-            PosteriorError: If the posterior does not belong to the model.
-        """
-        if isinstance(vlm, PreTrainedModel):
-            if kwargs:
-                raise TypeError(f"{', '.join(kwargs)}: only for a folder or Hub id")
-            model = cls._around(vlm)
-        elif isinstance(vlm, (str, os.PathLike)):
-            model = cls.from_pretrained(vlm, **kwargs)
-        else:
-            raise TypeError(
-                f"vlm must be a transformers model, a folder or a Hub id, not {type(vlm).__name__}"
-            )
-        if posterior is not None:
-            # Not by the posterior's class: remote code has classes of its own.
-            if isinstance(posterior, (str, os.PathLike)):
-                posterior = BayesVLMPosterior.from_pretrained(posterior)
-            model.set_posterior(posterior, strict_base=strict_base)
-        return model
-
-    @classmethod
-    def _around(cls, vlm: PreTrainedModel) -> BayesVLMForZeroShot:
-        if hasattr(vlm, "encode_image"):
-            raise TypeError("the model is a BayesVLMForZeroShot already: use model.set_posterior()")
-        inspect_backbone(vlm)
-        config = BayesVLMConfig(vlm_config=copy.deepcopy(vlm.config), dtype=vlm.dtype)
-        config._attn_implementation = vlm.config._attn_implementation
-        config.name_or_path = vlm.config.name_or_path
-        # Built without memory: the weights are those of the model that was passed.
-        with torch.device("meta"):
-            model = cls(config)
-        model.vlm = vlm
-        watch_projections(vlm, model._spec)
-        model.training = vlm.training
-        return model
-
-    @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a bundle, or a plain CLIP/SigLIP checkpoint (then without a posterior).
+        """Load a bundle, a plain CLIP/SigLIP checkpoint (then without a posterior), or a posterior.
+
+        A posterior brings the base model that it names, at the revision that it names; `revision` and
+        `subfolder` are then the posterior's, all other options hold for both.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id.
@@ -158,8 +105,9 @@ class BayesVLMForZeroShot(BaseAccess, PreTrainedModel):
 
         Raises:
             FileNotFoundError: If it is written like a path and there is no such folder.
-            PosteriorError: If the configuration announces a posterior that the weights lack.
-            OSError: If there is no such repository, or it holds no model.
+            PosteriorError: If the configuration announces a posterior that the weights lack, or a posterior
+                does not belong to the base model that it names.
+            OSError: If there is no such repository, it holds no model, or only pickled weights.
         """
         source = pretrained_model_name_or_path
         if source is not None and hub_id(source) is None and not Path(source).exists():

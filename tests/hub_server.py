@@ -273,7 +273,14 @@ class HubDouble:
     ) -> Outcome:
         """Run a command."""
         done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=timeout, cwd=cwd, check=False
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=cwd,
+            check=False,
         )
         if check and done.returncode != 0:
             raise AssertionError(

@@ -29,6 +29,9 @@ ROWS = [
         "backbones",
         "base_access",
         "base_check",
+        "bundle_code",
+        "bundle_hub",
+        "model_loading",
         "posterior_buffers",
         "tower_inputs",
         "outputs",
@@ -56,6 +59,7 @@ ROWS = [
         "tuning_grid",
         "tuning_result",
         "plotting_tuning",
+        "remote_code",
     },
     # With every `cli_*`.
     {"cli", "__init__"},
