@@ -143,10 +143,14 @@ def _from_string(source: str, timeout: float | None) -> Image.Image:
         exists = False  # too long for a path: base64
     if exists:
         return _open_file(Path(source))
-    # Anything shorter could only be a mistyped path.
-    if len(source) > 64 and "." not in source:
+    if may_be_base64(source):
         return _from_base64(source)
     raise FileNotFoundError(f"no image file {source!r}")
+
+
+def may_be_base64(source: str) -> bool:
+    """Whether a string that is no existing path can be base64; anything shorter is a mistyped path."""
+    return len(source) > 64 and "." not in source
 
 
 def _open_file(path: Path) -> Image.Image:
@@ -181,8 +185,8 @@ def _decode(stream: Any, name: str) -> Image.Image:
 
 
 def _download(url: str, timeout: float | None) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": f"hf_bayesvlm/{__version__}"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": f"hf_bayesvlm/{__version__}"})
         with urllib.request.urlopen(request, timeout=timeout or DEFAULT_TIMEOUT) as response:
             data: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:

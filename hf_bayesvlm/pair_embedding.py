@@ -176,7 +176,17 @@ def ahead(work: Callable[[S], T], items: Iterable[S], num_workers: int) -> Itera
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="bayesvlm-decode")
     pending: deque[Future[T]] = deque()
     try:
-        for item in items:
+        drawn = iter(items)
+        while True:
+            try:
+                item = next(drawn)
+            except StopIteration:
+                break
+            except Exception:
+                # As without threads: first what was before the item that cannot be drawn.
+                while pending:
+                    yield pending.popleft().result()
+                raise
             pending.append(pool.submit(work, item))
             if len(pending) > num_workers:
                 yield pending.popleft().result()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +14,15 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 
-from .images import ImageInputError, load_rgb_image
+from .images import ImageInputError, load_rgb_image, may_be_base64
 
 Captions = Literal["sample", "expand"]
 
 _ADDRESSES = ("http://", "https://", "data:")
 # Addresses of file systems, chained ones included, that are not plain web addresses.
-_REMOTE = re.compile(r"(?!https?://)[a-z0-9+]+://")
+_REMOTE = re.compile(r"(?!https?://)[a-z0-9+]+(::[a-z0-9+]+)*://")
+# An open file decodes into itself: two threads that ask for its pixels at once get halves of them.
+_LAZY_IMAGES = threading.Lock()
 
 
 class PairError(ValueError):
@@ -80,6 +85,9 @@ class PairColumns:
     image_root: str | None = None
 
     def __post_init__(self) -> None:
+        for kind, name in (("image", self.image), ("text", self.text)):
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"the {kind} column must be the name of a column, not {name!r}")
         if self.captions not in ("sample", "expand"):
             raise ValueError(f"captions must be 'sample' or 'expand', not {self.captions!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -96,24 +104,38 @@ class PairColumns:
         Returns:
             One slot, or one a caption for `captions="expand"`.
         """
-        if isinstance(row, Exception):
-            return [Slot(first_slot, row_number, None, None, str(row) or type(row).__name__)]
         try:
-            image, texts = cell(row, self.image), cell(row, self.text)
+            texts = self._captions_of(row)
         except PairError as error:
             return [Slot(first_slot, row_number, None, None, str(error))]
-        choices = list(texts) if isinstance(texts, (list, tuple, np.ndarray)) else [texts]
-        if self.captions == "sample" and len(choices) > 1:
-            usable = [text for text in choices if isinstance(text, str) and text.strip()] or choices
-            choices = [usable[np.random.default_rng((self.seed, row_number)).integers(len(usable))]]
+        if self.captions == "sample" and len(texts) > 1:
+            usable = [text for text in texts if isinstance(text, str) and text.strip()] or texts
+            texts = [usable[np.random.default_rng((self.seed, row_number)).integers(len(usable))]]
+        image, problem = None, None
+        try:
+            image = cell(row, self.image)
+        except PairError as error:
+            problem = str(error)
         return [
-            Slot(first_slot + i, row_number, image, text) for i, text in enumerate(choices or [""])
+            Slot(first_slot + i, row_number, image, text, problem) for i, text in enumerate(texts)
         ]
 
-    def count_slots(self, texts: Any) -> int:
-        """How many slots a row with these captions has."""
-        several = self.captions == "expand" and isinstance(texts, (list, tuple, np.ndarray))
-        return max(1, len(texts)) if several else 1
+    def count_slots(self, row: Any) -> int:
+        """How many slots a row has; of the row, the column of the captions is enough."""
+        if self.captions == "sample":
+            return 1
+        try:
+            return len(self._captions_of(row))
+        except PairError:
+            return 1
+
+    def _captions_of(self, row: Any) -> list[Any]:
+        """At least one; an empty text where there is none."""
+        if isinstance(row, Exception):
+            raise PairError(str(row) or type(row).__name__)
+        texts = cell(row, self.text)
+        several = isinstance(texts, (list, tuple)) or (isinstance(texts, np.ndarray) and texts.ndim)
+        return (list(texts) or [""]) if several else [texts]
 
     def pair(self, slot: Slot) -> Pair:
         """Decode a slot.
@@ -130,37 +152,59 @@ class PairColumns:
         where = f"row {slot.row}"
         if slot.error is not None:
             raise PairError(f"{where}: {slot.error}")
-        if not isinstance(slot.text, str) or not slot.text.strip():
-            shown = repr(slot.text)
+        text = slot.text.item() if isinstance(slot.text, np.ndarray) else slot.text
+        if not isinstance(text, str) or not text.strip():
             raise PairError(
-                f"{where}: the caption in {self.text!r} must be a non-empty string, not {shown[:80]}"
+                f"{where}: the caption in {self.text!r} must be a non-empty string, not {repr(text)[:80]}"
             )
-        if slot.image is None:
+        image = _located(slot.image, self.image_root)
+        if image is None:
             raise PairError(f"{where}: there is no image in {self.image!r}")
         try:
-            return Pair(slot.row, load_rgb_image(self._located(slot.image)), slot.text)
+            return Pair(slot.row, _loaded(image), text)
         except (ImageInputError, OSError) as error:
             raise PairError(f"{where}: {error}") from error
 
-    def _located(self, image: Any) -> Any:
-        """What `load_rgb_image` can load: relative paths from `image_root`, remote files as bytes."""
-        if isinstance(image, dict) and image.get("bytes") is None and image.get("path"):
-            path = image["path"]
-            return _remote_bytes(path) if _REMOTE.match(path) else path
-        if isinstance(image, str):
-            if _REMOTE.match(image):
-                return _remote_bytes(image)
-            if self.image_root is not None and not image.startswith(_ADDRESSES):
-                return str(Path(self.image_root) / image)
+
+def _located(image: Any, root: str | None) -> Any:
+    """The content of an undecoded image, and where a relative path leads."""
+    if isinstance(image, dict) and "image" not in image and image.keys() & {"bytes", "path"}:
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if root is None or not isinstance(image, (str, os.PathLike)):
         return image
+    if isinstance(image, str) and (image.startswith(_ADDRESSES) or _REMOTE.match(image)):
+        return image
+    located = os.path.join(root, image)  # noqa: PTH118 - root may be an address
+    if isinstance(image, str) and may_be_base64(image) and not _exists(located):
+        return image
+    return located
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False  # too long for a path
+
+
+def _loaded(image: Any) -> Image.Image:
+    if isinstance(image, str) and _REMOTE.match(image):
+        image = _remote_bytes(image)
+    if isinstance(image, Image.Image):
+        with _LAZY_IMAGES:
+            return load_rgb_image(image)
+    return load_rgb_image(image)
 
 
 def _remote_bytes(address: str) -> bytes:
     """The file behind an address of a file system such as hf:// or zip://, as streams give them."""
     import fsspec
 
-    with fsspec.open(address, "rb") as stream:
-        return cast(bytes, stream.read())
+    try:
+        with fsspec.open(address, "rb") as stream:
+            return cast(bytes, stream.read())
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ImageInputError(f"{address} cannot be read: {error}") from error
 
 
 def cell(row: Any, column: str) -> Any:

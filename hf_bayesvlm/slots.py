@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import io
 import itertools
-from collections.abc import Iterable, Iterator
+import struct
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    LargeList,
+    List,
+    Value,
+)
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -19,7 +30,10 @@ from .pairs import PairColumns, Slot
 _SAMPLE_ROWS = 32
 _READ_ROWS = 128
 # What reading a row of a user's own data set may raise because of the row.
-_ROW_ERRORS = (OSError, ValueError, SyntaxError)
+_ROW_ERRORS = (
+    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError),
+    *(Image.DecompressionBombError, struct.error, zlib.error),
+)
 
 
 class SlotReader:
@@ -75,7 +89,7 @@ class SlotReader:
     def position(self) -> dict[str, Any]:
         """Where a stream has been read to, for `seek`; JSON."""
         position: dict[str, Any] = {"slot": self._next_slot, "row": self._row_number}
-        if isinstance(self._dataset, IterableDataset) and not self._pending and self._row_number:
+        if self._row_number and not self._pending and _resumes_exactly(self._dataset):
             # Lets a resumed stream open the right file instead of reading all files before it.
             position["state"] = self._dataset.state_dict()
         return position
@@ -154,27 +168,23 @@ class SlotReader:
                     if start <= slot.number < stop:
                         yield slot
 
-    def _batch(self, start: int, stop: int) -> list[Any]:
+    def _batch(self, start: int, stop: int) -> Iterable[Any]:
         """Rows by number; a row that cannot be read is the exception that says why."""
-        if isinstance(self._dataset, Dataset):
-            table = self._dataset[start:stop]
-            return [
-                dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)
-            ]
-        return [_row(self._dataset, number) for number in range(start, stop)]
+        if isinstance(self._dataset, Dataset) and not _is_transformed(self._dataset):
+            return cast(Iterable[Any], self._dataset[start:stop].to_pylist())
+        # One by one: rows of a user's own data set hold decoded images.
+        return (_row(self._dataset, number) for number in range(start, stop))
 
     def _count_slots(self) -> np.ndarray:
         """Number of the first slot of every row, and of all slots, `[rows + 1]`."""
         assert self.num_rows is not None
-        counts = np.ones(self.num_rows, dtype=np.int64)
-        dataset, column = self._dataset, self.columns.text
-        if isinstance(dataset, Dataset) and column in dataset.column_names:
-            captions: Iterable[Any] = dataset.select_columns([column])
-            texts = (row[column] for row in captions)
-            counts[:] = np.fromiter(map(self.columns.count_slots, texts), np.int64, self.num_rows)
+        dataset, columns = self._dataset, self.columns
+        if isinstance(dataset, Dataset) and not _is_transformed(dataset) and self.num_rows:
+            tables = dataset.select_columns([_top(columns.text, dataset.column_names)])
+            rows = (row for table in tables.iter(_READ_ROWS) for row in table.to_pylist())
         else:
-            for i in range(self.num_rows):
-                counts[i] = len(self.columns.slots_of(_row(dataset, i), i, 0))
+            rows = (_row(dataset, i) for i in range(self.num_rows))
+        counts = np.fromiter(map(columns.count_slots, rows), np.int64, self.num_rows)
         return np.concatenate([[0], np.cumsum(counts)])
 
 
@@ -190,23 +200,28 @@ def check_columns(dataset: Any, columns: PairColumns) -> None:
     """
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         raise ValueError(
-            f"the data set has several splits: pass one of them, such as dataset[{next(iter(dataset))!r}] "
-            f"(it has {', '.join(map(str, dataset))})"
+            f"the data set has several splits: pass one of them, such as dataset[{next(iter(dataset), '')!r}] "
+            f"(it has {', '.join(map(str, dataset)) or 'none'})"
         )
-    if isinstance(dataset, (dict, str, bytes)) or not (
+    if hasattr(dataset, "iloc"):
+        raise ValueError(
+            "the data set is a table of pandas: pass Dataset.from_pandas(table) of the datasets library"
+        )
+    if isinstance(dataset, (Mapping, str, bytes)) or not (
         hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
     ):
         raise ValueError(
             f"the data set must give one row a pair, not be a {type(dataset).__name__}: join images and "
             "captions into rows such as {'image': ..., 'text': ...}, or open files with open_dataset()"
         )
+    if _is_transformed(dataset):
+        # Its rows have the columns that the transform makes.
+        return
     features = getattr(dataset, "features", None)
     names = list(features) if features else list(getattr(dataset, "column_names", None) or [])
     if not names:
         return
-    missing = [
-        name for name in (columns.image, columns.text) if name.partition(".")[0] not in names
-    ]
+    missing = [name for name in (columns.image, columns.text) if _top(name, names) not in names]
     if missing:
         hint = _side_table(features, names) if features else ""
         raise ValueError(
@@ -236,18 +251,58 @@ def _undecoded(dataset: Any, columns: PairColumns) -> Any:
     """The same rows with images as bytes or paths: one broken image must not stop the reading."""
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
-    features = dataset.features or {}
-    names = {columns.image, columns.text}
+    if _is_transformed(dataset):
+        return dataset
     if isinstance(dataset, Dataset):
-        if dataset.format["type"] == "custom":
-            return dataset
-        dataset = dataset.with_format(None)
-    if features and names <= set(features):
+        # Arrow tables hold images as they were stored.
+        names = {_top(name, dataset.column_names) for name in (columns.image, columns.text)}
+        known = names <= set(dataset.column_names)
+        return (dataset.select_columns(sorted(names)) if known else dataset).with_format("arrow")
+    # A stream of its own: going on from a checkpoint must not move the caller's.
+    dataset = dataset.with_format(None)
+    features = dataset.features or {}
+    names = {_top(name, features) for name in (columns.image, columns.text)}
+    if names <= set(features):
         dataset = dataset.select_columns(sorted(names))
-    image = features.get(columns.image)
-    if isinstance(image, ImageFeature) and image.decode:
-        dataset = dataset.cast_column(columns.image, ImageFeature(decode=False))
+        for name in names:
+            feature = _without_decoding(features[name])
+            if feature != features[name]:
+                dataset = dataset.cast_column(name, feature)
     return dataset
+
+
+def _top(column: str, names: Collection[str]) -> str:
+    """The column of the data set that a possibly dotted name leads into."""
+    return column if column in names else column.partition(".")[0]
+
+
+def _without_decoding(feature: Any) -> Any:
+    """The type of a column with its images undecoded, however deep they lie."""
+    if isinstance(feature, ImageFeature):
+        return ImageFeature(decode=False)
+    if isinstance(feature, dict):
+        return {name: _without_decoding(part) for name, part in feature.items()}
+    if isinstance(feature, (List, LargeList)):
+        return dataclasses.replace(feature, feature=_without_decoding(feature.feature))
+    return feature
+
+
+def _is_transformed(dataset: Any) -> bool:
+    """Whether rows pass through a function of the user's when they are read."""
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+
+
+def _resumes_exactly(dataset: Any) -> bool:
+    """Whether a stream's state leads to the same rows: what is in a shuffle buffer is not in it."""
+    if not isinstance(dataset, IterableDataset):
+        return False
+    sources = [getattr(dataset, "_ex_iterable", None)]
+    for source in sources:
+        if source is None or type(source).__name__ == "BufferShuffledExamplesIterable":
+            return False
+        inner = getattr(source, "ex_iterable", None)
+        sources += getattr(source, "ex_iterables", []) if inner is None else [inner]
+    return True
 
 
 def _row(dataset: Any, number: int) -> Any:
@@ -261,11 +316,12 @@ def _image_bytes(image: Any) -> bytes:
     if isinstance(image, dict):
         return cast(bytes, image.get("bytes") or str(image.get("path")).encode())
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.convert("RGBA").save(buffer, "BMP")
-        return buffer.getvalue()
+        try:
+            return f"{image.mode}{image.size}".encode() + image.tobytes()
+        except _ROW_ERRORS as error:
+            return str(error).encode()
     if isinstance(image, np.ndarray):
-        return image.tobytes()
+        return f"{image.dtype}{image.shape}".encode() + image.tobytes()
     return image if isinstance(image, bytes) else str(image).encode()
 
 

@@ -6,12 +6,15 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
+from datasets.inspect import SplitsNotFoundError
 
 from .posterior_files import hub_id
 
@@ -83,10 +86,13 @@ def open_dataset(
     """
     text = os.fspath(source)
     folder = Path(text)
-    if text and folder.is_dir():
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+    is_folder = bool(text) and folder.is_dir()
+    if is_folder or _suffix(text) in _BUILDERS:
+        _refuse_hub_options(text, config if _is_saved(folder) or not is_folder else None, revision)
+    if is_folder:
+        if _is_saved(folder):
             return OpenedDataset(_from_disk(folder, split, streaming), folder.name)
-        options: dict[str, Any] = {"path": text}
+        options: dict[str, Any] = {"path": str(folder.resolve())}
         name = folder.resolve().name
         root: str | None = text
     elif _suffix(text) in _BUILDERS:
@@ -102,8 +108,11 @@ def open_dataset(
         raise FileNotFoundError(_no_data_set(text))
     if config is not None:
         options["name"] = config
-    chosen = _choose_split(options, split)
-    dataset = datasets.load_dataset(**options, split=chosen, streaming=streaming)
+    try:
+        chosen = _choose_split(options, split)
+        dataset = datasets.load_dataset(**options, split=chosen, streaming=streaming)
+    except (DatasetGenerationError, SplitsNotFoundError) as error:
+        raise ValueError(f"{text} cannot be read: {_first_cause(error)}") from error
     commit = _commit(text, revision, token) if "revision" in options else None
     return OpenedDataset(dataset, name, commit, root)
 
@@ -134,8 +143,9 @@ def split_names(
     if text and folder.is_dir():
         if (folder / "dataset_dict.json").exists():
             return sorted(path.name for path in folder.iterdir() if path.is_dir())
-        if (folder / "state.json").exists():
+        if _is_saved(folder):
             return []
+        text = str(folder.resolve())
     elif _suffix(text) in _BUILDERS:
         return []
     elif hub_id(text) is None or "://" in text:
@@ -167,7 +177,9 @@ def find_columns(
     features = dataset.features or {}
     names = list(features) or list(next(iter(dataset), {}))
     typed = [name for name in names if isinstance(features.get(name), ImageFeature)]
-    image_column = image_column or _pick("image", typed, names, _IMAGE_NAMES)
+    image_column = image_column or _pick(
+        "image", typed, [name for name in names if name != text_column], _IMAGE_NAMES
+    )
     text_column = text_column or _pick(
         "text", [], [name for name in names if name != image_column], _TEXT_NAMES
     )
@@ -189,6 +201,25 @@ def _pick(kind: str, typed: Sequence[str], names: Sequence[str], usual: Iterable
 
 def _no_data_set(text: str) -> str:
     return f"no data set {text!r}: give a Hub id, a folder, or files that end in {', '.join(_BUILDERS)}"
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _refuse_hub_options(text: str, config: str | None, revision: str | None) -> None:
+    """What would be ignored is an error."""
+    given = [n for n, v in (("configuration", config), ("revision", revision)) if v is not None]
+    if given:
+        raise ValueError(f"{text} is not on the Hub and has no {given[0]}: leave it out")
+
+
+def _first_cause(error: BaseException) -> str:
+    """What a library's error is about, which says itself only that there was one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
 
 
 def _from_disk(folder: Path, split: str | None, streaming: bool) -> Any:
@@ -226,15 +257,14 @@ def _expanded(pattern: str) -> Iterator[str]:
     """A pattern with every `{000..127}` written out."""
     found = _RANGE.search(pattern)
     if found is None:
-        if (
-            "://" not in pattern
-            and not any(c in pattern for c in "*?[")
-            and not Path(pattern).exists()
-        ):
+        # Path.glob takes no absolute patterns.
+        if "://" not in pattern and not (Path(pattern).exists() or glob(pattern, recursive=True)):  # noqa: PTH207
             raise FileNotFoundError(f"no file {pattern!r}")
         yield pattern
         return
     first, last = found.groups()
+    if int(first) > int(last):
+        raise ValueError(f"{found.group()} in {pattern!r} is an empty range")
     for number in range(int(first), int(last) + 1):
         middle = str(number).zfill(len(first))
         yield from _expanded(pattern[: found.start()] + middle + pattern[found.end() :])
@@ -250,7 +280,9 @@ def _commit(name: str, revision: str | None, token: str | bool | None) -> str | 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    # Its bases are the error of whichever HTTP library there is, and OSError.
+    unreachable: Any = (OfflineModeIsEnabled, *HfHubHTTPError.__bases__)
     try:
         return HfApi(token=token).dataset_info(name, revision=revision).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    except unreachable:
         return revision
