@@ -272,8 +272,11 @@ def _held_out(report: Sensitivity) -> list[str]:
     """What the slices say that the count was not chosen on, where there are any."""
 
     def mean(scores: Sequence[Scores]) -> float:
-        values = [s.values["nlpd"] for s in scores if s.slice not in report.selection_slices]
-        return statistics.fmean(values)
+        return statistics.fmean(
+            s.values["nlpd"]
+            for s in scores
+            if s.slice not in report.selection_slices and not _is_repeat(scores, s)
+        )
 
     if all(score.slice in report.selection_slices for score in report.plain):
         return []
