@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LABELS := dog face,cat face,pizza,rocket,automobile,red apple,soccer ball,airplane,bicycle,house,guitar,umbrella
 
-.PHONY: help setup demo test lint types format benchmark clean
+.PHONY: help setup demo test lint types format benchmark benchmark-scaling clean
 
 help:  ## Show this list.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 setup: $(READY)  ## Make the virtual environment.
 
@@ -38,6 +38,9 @@ format: $(READY)  ## Format the code.
 
 benchmark: $(READY)  ## Print the speed ratios.
 	$(BIN)/python scripts/benchmark.py --json build/benchmark.json
+
+benchmark-scaling: $(READY)  ## Measure how the cost of estimation grows (about half an hour).
+	$(BIN)/python scripts/benchmark_scaling.py --json build/scaling.json --write model_cards/scaling.md
 
 clean:  ## Remove everything that was built.
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

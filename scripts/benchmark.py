@@ -3,17 +3,13 @@
     python scripts/benchmark.py --json build/benchmark.json
 
 Each pair of competitors is timed in turn, A B A B ..., and the medians are divided: a machine that slows
-down slows both.
+down slows both.  `benchmark_scaling.py` measures how the cost of estimation grows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +17,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from benchmark_common import interleaved, print_rows, textbook_ggn, write_json
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, pipeline
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -65,20 +60,6 @@ class Comparison:
     seconds: float
     ratio: float
     target: str
-
-
-def interleaved(
-    first: Callable[[], Any], second: Callable[[], Any], runs: int
-) -> tuple[float, float]:
-    """Median seconds of two functions that are timed in turn, after one run of each to warm up."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for run in range(runs + 1):
-        for function, record in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            function()
-            if run:
-                record.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def random_clip(seed: int = 0) -> CLIPModel:
@@ -167,22 +148,6 @@ def bench_head(model: BayesVLMForZeroShot, runs: int, *, uncertainty: bool) -> C
     )
 
 
-def textbook_ggn(source: Tensor, target: Tensor, scale: float, chunk: int = 4) -> Tensor:
-    """The batched formula as written: one [features, features] matrix a row."""
-    target = torch.nn.functional.normalize(target, dim=1)
-    eye = torch.eye(source.shape[1], dtype=source.dtype)
-    total = torch.zeros_like(eye)
-    for rows in source.split(chunk):
-        norms = rows.norm(dim=1)[:, None]
-        unit = rows / norms
-        jacobian = (eye - unit[:, :, None] * unit[:, None, :]) / norms[:, :, None]
-        probs = (scale * unit @ target.T).softmax(dim=1)
-        mean = probs @ target
-        inner = (probs[:, :, None] * target).mT @ target - mean[:, :, None] * mean[:, None, :]
-        total += (scale**2 * jacobian @ inner @ jacobian).sum(dim=0)
-    return total
-
-
 def bench_curvature(runs: int, features: int = 512, candidates: int = 16384) -> Comparison:
     """Curvature of one row by GEMMs against the batched formula."""
     generator = torch.Generator().manual_seed(0)
@@ -204,11 +169,8 @@ def bench_curvature(runs: int, features: int = 512, candidates: int = 16384) -> 
 
 def print_table(comparisons: list[Comparison]) -> None:
     """Print the comparisons."""
-    table = Table(title="hf_bayesvlm, side by side")
-    for column in ("ours", "against", "its ms", "our ms", "ratio", "target"):
-        table.add_column(column, justify="right" if column not in ("ours", "against") else "left")
-    for row in comparisons:
-        table.add_row(
+    rows = [
+        (
             row.name,
             row.baseline,
             f"{1e3 * row.baseline_seconds:.3f}",
@@ -216,7 +178,10 @@ def print_table(comparisons: list[Comparison]) -> None:
             f"{row.ratio:.4f}" if row.ratio < 1 else f"{row.ratio:.1f}",
             row.target,
         )
-    Console().print(table)
+        for row in comparisons
+    ]
+    columns = ("ours", "against", "its ms", "our ms", "ratio", "target")
+    print_rows("hf_bayesvlm, side by side", columns, rows, texts=2)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -238,14 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     print_table(comparisons)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.processor() or platform.machine(),
-            "comparisons": [asdict(row) for row in comparisons],
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, {"comparisons": [asdict(row) for row in comparisons]})
     return 0
 
 
