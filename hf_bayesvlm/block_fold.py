@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +98,7 @@ class BlockFolder:
         own = {name: self._rows(name, "mean") for name in self._shapes}
         everyone = {name: self._ranks.gather_rows(rows, counts) for name, rows in own.items()}
         with full_float32():
-            [sums, *_] = _own_first(self._ranks, lambda: self._block_sums(own, everyone))
+            sums = self._ranks.together(lambda: self._block_sums(own, everyone))
         for name, (sum_A, sum_B) in sums.items():
             self._totals[name].add_sums(
                 self._ranks.add_up(sum_A), self._ranks.add_up(sum_B), sum(counts)
@@ -154,13 +153,6 @@ class BlockFolder:
 
     def _accumulator(self) -> CurvatureAccumulator:
         return CurvatureAccumulator(self._likelihood, self._scale, self._bias)
-
-
-def _own_first(ranks: Ranks, work: Any) -> list[Any]:
-    """This process's result of work that all processes do; sums are not sent around here."""
-    result: list[Any] = []
-    ranks.agree(lambda: result.append(work()))
-    return result
 
 
 @contextmanager

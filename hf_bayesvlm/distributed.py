@@ -76,18 +76,21 @@ class Ranks:
         Raises:
             PeerError: If it failed elsewhere.  Where it failed, its own error is raised.
         """
-        if self.world_size == 1:
-            return [work()]
-        try:
-            result = work()
-        except Exception as error:
-            self._exchange((f"{type(error).__name__}: {error}", None))
-            raise
-        outcomes = self._exchange((None, result))
-        for rank, (error_text, _) in enumerate(outcomes):
-            if error_text is not None:
-                raise PeerError(f"process {rank} of {self.world_size} failed: {error_text}")
-        return [outcome for _, outcome in outcomes]
+        return self._run(work, lambda result: result)[1]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """As `agree`, for results that are not sent around.
+
+        Args:
+            work: Something that may fail and has no communication in it.
+
+        Returns:
+            This process's result.
+
+        Raises:
+            PeerError: If it failed elsewhere.
+        """
+        return self._run(work, lambda result: None)[0]
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """The rows of all processes, in the order of the processes.
@@ -116,6 +119,22 @@ class Ranks:
         total = tensor.to(self.device or tensor.device, copy=True)
         dist.all_reduce(total)
         return total.to(tensor.device)
+
+    def _run(self, work: Callable[[], T], told: Callable[[T], Any]) -> tuple[T, list[Any]]:
+        """Own result, and what every process tells of its own."""
+        if self.world_size == 1:
+            result = work()
+            return result, [told(result)]
+        try:
+            result = work()
+        except Exception as error:
+            self._exchange((f"{type(error).__name__}: {error}", None))
+            raise
+        outcomes = self._exchange((None, told(result)))
+        for rank, (error_text, _) in enumerate(outcomes):
+            if error_text is not None:
+                raise PeerError(f"process {rank} of {self.world_size} failed: {error_text}")
+        return result, [outcome for _, outcome in outcomes]
 
     def _exchange(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size

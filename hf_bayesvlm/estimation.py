@@ -12,16 +12,16 @@ import datetime
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbones import is_watched, unwatch_projections
+from .base_access import execution_device
 from .block_fold import BlockFolder
 from .checkpoint import Checkpoint, Progress
 from .cosine import CovarianceForm, Modalities
@@ -31,7 +31,7 @@ from .estimation_identity import digest_model, digest_processor
 from .kronecker import Damping, check_positive
 from .laplace import NoMaximumError, Objective, optimize_prior_precision
 from .modeling_bayesvlm import BayesVLMForZeroShot
-from .pair_blocks import BlockPlan, BlockRun, Sharding
+from .pair_blocks import BlockPlan, BlockRun, Sharding, share_data
 from .pair_embedding import OnError, PairEmbedder, on_device
 from .pairs import Captions, PairColumns
 from .posterior import BayesVLMPosterior, ModalityPosterior
@@ -148,17 +148,17 @@ def estimate_posterior(
         model = accelerator.unwrap_model(model)
     device = None if accelerator is None else torch.device(accelerator.device)
     with _as_bayesian(model) as vlm, on_device(vlm, device):
-        embedder = PairEmbedder(vlm, processor, columns, on_error=on_error, dtype=dtype)
-        ranks = Ranks.of(accelerator, embedder.device)
-        shared = _Shared.of(dataset, sharding, ranks)
-        reader = SlotReader(shared.dataset, columns)
-        plan = BlockPlan(
-            contrast_size,
-            batch_size,
-            _limit(max_pairs, reader, shared.sharding),
-            shared.sharding,
-            ranks,
-        )
+        ranks = Ranks.of(accelerator, execution_device(vlm.image_projection))
+
+        def prepare() -> tuple[PairEmbedder, Sharding, SlotReader, BlockPlan, BlockFolder]:
+            embedder = PairEmbedder(vlm, processor, columns, on_error=on_error, dtype=dtype)
+            own_data, how = share_data(dataset, sharding, ranks)
+            reader = SlotReader(own_data, columns)
+            limit = _limit(max_pairs, reader, how)
+            plan = BlockPlan(contrast_size, batch_size, limit, how, ranks)
+            return embedder, how, reader, plan, BlockFolder(vlm, plan.capacity, ranks)
+
+        embedder, how, reader, plan, folder = ranks.together(prepare)
         settings = {
             "image_column": image_column,
             "text_column": text_column,
@@ -169,10 +169,9 @@ def estimate_posterior(
             "max_pairs": max_pairs,
             "on_error": on_error,
             "tower_dtype": str(embedder.dtype).removeprefix("torch."),
-            "sharding": shared.sharding,
+            "sharding": how,
         }
         checkpoint = _checkpoint(checkpoint_dir, vlm, processor, embedder, reader, settings, ranks)
-        folder = BlockFolder(vlm, plan.capacity, ranks)
         done = BlockRun(
             reader,
             embedder,
@@ -207,40 +206,6 @@ def estimate_posterior(
             dataset_revision=dataset_revision,
             provenance=_provenance(dataset, settings, done, ranks, reader) | dict(provenance or {}),
         )
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """This process's view of the data.
-
-    Attributes:
-        dataset: What it reads.
-        sharding: How the data are shared.
-    """
-
-    dataset: Iterable[Any]
-    sharding: Sharding
-
-    @classmethod
-    def of(cls, dataset: Iterable[Any], sharding: Sharding | None, ranks: Ranks) -> _Shared:
-        if sharding not in (None, "rows", "files", "given"):
-            raise ValueError(f"sharding must be 'rows', 'files' or 'given', not {sharding!r}")
-        if ranks.world_size == 1:
-            return cls(dataset, "rows")
-        files = dataset.num_shards if isinstance(dataset, IterableDataset) else 0
-        if sharding is None:
-            split_by_node = getattr(dataset, "_distributed", None) is not None
-            sharding = (
-                "given" if split_by_node else "files" if files >= ranks.world_size else "rows"
-            )
-        if sharding != "files":
-            return cls(dataset, sharding)
-        if not isinstance(dataset, IterableDataset) or files < ranks.world_size:
-            raise ValueError(
-                f"sharding='files' needs a stream of at least {ranks.world_size} files, one a process; this data "
-                f"set has {files or 'none'}: use sharding='rows'"
-            )
-        return cls(dataset.shard(ranks.world_size, ranks.rank), sharding)
 
 
 def _limit(max_pairs: int | None, reader: SlotReader, sharding: Sharding) -> int | None:

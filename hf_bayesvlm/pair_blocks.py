@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from datasets import IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -85,6 +86,40 @@ class BlockPlan:
         return max(1, -(-self.contrast_size // self.ranks.world_size))
 
 
+def share_data(
+    dataset: Iterable[Any], sharding: Sharding | None, ranks: Ranks
+) -> tuple[Iterable[Any], Sharding]:
+    """What this process reads, and how the data are shared.
+
+    Args:
+        dataset: What the caller passed.
+        sharding: What the caller asked for; None to choose.
+        ranks: The processes.
+
+    Returns:
+        The data set, or this process's files of it, and the way of sharing.
+
+    Raises:
+        ValueError: For an unknown way, or files that are fewer than the processes.
+    """
+    if sharding not in (None, "rows", "files", "given"):
+        raise ValueError(f"sharding must be 'rows', 'files' or 'given', not {sharding!r}")
+    if ranks.world_size == 1:
+        return dataset, "rows"
+    files = dataset.num_shards if isinstance(dataset, IterableDataset) else 0
+    if sharding is None:
+        split_by_node = getattr(dataset, "_distributed", None) is not None
+        sharding = "given" if split_by_node else "files" if files >= ranks.world_size else "rows"
+    if sharding != "files":
+        return dataset, sharding
+    if not isinstance(dataset, IterableDataset) or files < ranks.world_size:
+        raise ValueError(
+            f"sharding='files' needs a stream of at least {ranks.world_size} files, one a process; this data "
+            f"set has {files or 'none'}: use sharding='rows'"
+        )
+    return dataset.shard(ranks.world_size, ranks.rank), sharding
+
+
 @dataclass(frozen=True)
 class _EndOfBlock:
     """Follows the batches of a block.
@@ -159,7 +194,7 @@ class BlockRun:
             CheckpointError: If the checkpoint belongs to another run.
             PeerError: If another process failed.
         """
-        self.ranks.agree(self._resume)
+        self.ranks.together(self._resume)
         if self.progress.complete:
             self._check_skipped()
             return self.progress
@@ -185,7 +220,7 @@ class BlockRun:
                 self.progress.seconds = before + time.monotonic() - began
                 bar.n = self.progress.num_slots
                 bar.refresh()
-                self.ranks.agree(self._save)
+                self.ranks.together(self._save)
                 self._check_skipped()
         return self.progress
 
