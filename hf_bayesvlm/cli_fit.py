@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tarfile import TarError
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -166,7 +167,7 @@ def fit(
         hint = "" if checkpoint_dir is None else ": the same command goes on from the last block"
         stderr.print(f"interrupted{hint}", highlight=False)
         raise typer.Exit(130) from None
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, EOFError, TarError) as error:
         fail(stderr, error)
 
 
@@ -201,10 +202,21 @@ def _accelerator(device: str | None) -> Any:
     from accelerate import Accelerator
 
     check_device(device)
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if device is None or several:
+    if device is None:
         return Accelerator()
-    return Accelerator(cpu=device == "cpu")
+    import torch
+
+    wanted = torch.device(device)
+    if wanted.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"--device {device}: the launcher gives each process a device of its own; leave out the number"
+        )
+    if wanted.type == "cuda" and wanted.index is not None:
+        torch.cuda.set_device(wanted)
+    accelerator = Accelerator(cpu=wanted.type == "cpu")
+    if accelerator.device.type != wanted.type:
+        raise ValueError(f"--device {device} cannot be used: accelerate takes {accelerator.device}")
+    return accelerator
 
 
 def _estimate(

@@ -232,7 +232,7 @@ def check_columns(dataset: Any, columns: PairColumns) -> None:
 def _side_table(features: Features, names: list[str]) -> str:
     """What to say of a table that has images or texts alone."""
     images = [name for name in names if isinstance(features[name], ImageFeature)]
-    strings = [name for name in names if features[name] == Value("string")]
+    strings = [name for name in names if features[name] in (Value("string"), Value("large_string"))]
     lists = [name for name in names if "string" in str(features[name]) and name not in strings]
     if images and not strings and not lists:
         return (

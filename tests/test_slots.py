@@ -486,6 +486,10 @@ PICTURES = {"picture": [{"bytes": png(0), "path": None}]}
         (Dataset.from_dict(TEXTS), "has caption, label. It holds texts and no images"),
         (Dataset.from_dict(TEXTS).to_iterable_dataset(), "texts and no images"),
         (
+            Dataset.from_dict(TEXTS).cast_column("caption", Value("large_string")),
+            "texts and no images",
+        ),
+        (
             Dataset.from_dict(PICTURES, features=Features({"picture": ImageFeature()})),
             "'picture' holds images and nothing holds texts",
         ),
