@@ -46,6 +46,9 @@ class BlockPlan:
         limit: Slots that are read in all, or None for no limit.
         sharding: How the data are shared.
         ranks: The processes.
+
+    Raises:
+        ValueError: If a process has data of its own and no part of a block.
     """
 
     contrast_size: int
@@ -53,6 +56,13 @@ class BlockPlan:
     limit: int | None
     sharding: Sharding
     ranks: Ranks
+
+    def __post_init__(self) -> None:
+        if self.sharding != "rows" and self.contrast_size < self.ranks.world_size:
+            raise ValueError(
+                f"contrast_size={self.contrast_size} leaves some of {self.ranks.world_size} processes without a "
+                "pair in any block: their data would never be read"
+            )
 
     def window(self, block: int) -> tuple[int, int]:
         """First slot of this process in a block, and the one after its last; equal beyond the limit."""
@@ -309,7 +319,9 @@ class BlockRun:
             block.position or old for block, old in zip(blocks, before, strict=True)
         ]
         progress.next_block += 1
-        progress.complete = all(block.finished for block in blocks)
+        # Of rows that all processes see, the end is one for all: who has no part of a block does not see it.
+        ended = any if self.plan.sharding == "rows" else all
+        progress.complete = ended(block.finished for block in blocks)
 
     def _save(self) -> None:
         if self.checkpoint is not None and self.ranks.is_main:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +17,8 @@ from test_estimation import Processor, by_hand, pairs
 from tiny import tiny_vlm
 
 from hf_bayesvlm import BayesVLMForZeroShot, BayesVLMPosterior, estimate_posterior
-from hf_bayesvlm.pair_blocks import TooManyBadRowsError
+from hf_bayesvlm.distributed import Ranks
+from hf_bayesvlm.pair_blocks import BlockPlan, TooManyBadRowsError
 from hf_bayesvlm.pairs import PairColumns, PairError
 
 
@@ -214,6 +218,48 @@ def test_what_is_noted_survives_saving(tmp_path: Any) -> None:
     loaded = BayesVLMPosterior.from_pretrained(tmp_path)
     assert loaded.provenance == posterior.provenance
     assert loaded.provenance["tower_dtype"] == "bfloat16"
+
+
+# Processes
+
+
+def test_a_stream_comes_to_its_end_in_more_processes_than_a_block_has_pairs(tmp_path: Any) -> None:
+    code = """
+import torch.distributed as dist
+from test_pair_blocks import Processor, fit, pairs
+
+dist.init_process_group("gloo")
+posterior = fit(iter(pairs(7)), contrast_size=2, num_workers=0)
+if dist.get_rank() == 0:
+    posterior.save_pretrained("posterior")
+dist.destroy_process_group()
+"""
+    (tmp_path / "run.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
+    done = subprocess.run(
+        [*launcher, "--standalone", "run.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = BayesVLMPosterior.from_pretrained(tmp_path / "posterior")
+    alone = fit(iter(pairs(7)), contrast_size=2)
+    assert found.num_pairs == alone.num_pairs == 6
+    torch.testing.assert_close(found.image.B, alone.image.B, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharding", ["files", "given"])
+def test_every_process_with_data_of_its_own_has_a_part_of_each_block(sharding: Any) -> None:
+    with pytest.raises(ValueError, match="contrast_size=2 leaves some of 3 processes without"):
+        BlockPlan(2, 1, None, sharding, Ranks(0, 3))
+    plans = [BlockPlan(7, 2, None, sharding, Ranks(rank, 3)) for rank in range(3)]
+    sizes = [stop - start for start, stop in (plan.window(4) for plan in plans)]
+    assert sum(sizes) == 7
+    assert min(sizes) >= 1
 
 
 # Settings and towers that cannot be used
