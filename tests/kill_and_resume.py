@@ -59,16 +59,28 @@ def forked(out: Path, checkpoint_dir: Path | None, pause: float) -> int:
     return child
 
 
+def _stamp(checkpoint_dir: Path) -> int | None:
+    file = checkpoint_dir / CHECKPOINT_NAME
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
 def main() -> None:
-    """Print how often the estimation was killed, and at which sizes of the checkpoint's count."""
+    """Print how often the estimation was killed."""
     root, seed = Path(sys.argv[1]), int(sys.argv[2])
     moments = random.Random(seed)
     checkpoint_dir, kills = root / "checkpoint", 0
     while kills < 6:
+        before = _stamp(checkpoint_dir)
         child = forked(root / "resumed", checkpoint_dir, 0.01)
-        time.sleep(moments.uniform(0.15, 0.9))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        # At a random moment after it has got on, however slow the machine is.
+        while _stamp(checkpoint_dir) == before and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.3))
+        try:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        except (ProcessLookupError, ChildProcessError):
+            break
         if not os.WIFSIGNALED(status):
             break
         kills += 1
