@@ -10,6 +10,7 @@ import typer
 
 from ._version import __version__
 from .cli_classify import classify
+from .cli_demo import demo
 
 app = typer.Typer(
     name="bayesvlm",
@@ -37,6 +38,7 @@ def _main(
 
 
 app.command()(classify)
+app.command()(demo)
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ ROWS = [
         "modeling_bayesvlm",
     },
     {"images", "label_cache", "pipeline", "estimation", "registration", "embedded", "plotting"},
-    {"cli", "cli_common", "cli_classify", "__init__"},
+    {"demo_images", "demo_scoring", "demo_figures", "demo_hub", "demo_models", "demo_service"},
+    {"demo_style", "demo_server", "demo_handlers", "demo_page", "demo"},
+    {"cli", "cli_common", "cli_classify", "cli_demo", "__init__"},
 ]
 
 
