@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from .demo_handlers import Handlers
 from .demo_models import EMBEDDED_NAME, OWN_POSTERIOR, ModelStore
-from .demo_page import Page
+from .demo_page import Page, first_example
 from .demo_server import new_blocks
 from .demo_service import DemoService, Request
-from .embedded import EMBEDDED_MODEL, sample_images
+from .embedded import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     import gradio
@@ -67,9 +67,8 @@ def build_app(
     posteriors = {} if posterior is None else {_public_name(posterior): str(posterior)}
     store = ModelStore(models, posteriors, allow_hub=allow_hub, device=device)
     service = DemoService(store)
-    example = sample_images()[0].path
     first_posterior = next(iter(posteriors), OWN_POSTERIOR)
-    first = service.answer(Request(image=example, labels=labels, posterior=first_posterior))
+    first = service.answer(Request(image=first_example(), labels=labels, posterior=first_posterior))
     app = new_blocks(
         title="How sure is CLIP?",
         analytics_enabled=False,

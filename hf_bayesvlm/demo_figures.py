@@ -16,6 +16,8 @@ from .demo_scoring import Assessment, Prediction, Thresholds, Verdict
 MAX_BARS = 8
 """Labels that are shown; the JSON has all of them."""
 
+# Per cent of the bar's width; a shorter one would be a blot.
+_LEAST_WHISKER = 1.0
 _VERDICTS: dict[Verdict, tuple[str, str]] = {
     "sure": ("✓", "Sure"),
     "unsure": ("?", "Unsure"),
@@ -122,10 +124,10 @@ def _panel(
         f'<section class="bv-panel bv-{kind}" aria-label="{escape(assessment.name)}" '
         f'data-verdict="{assessment.verdict}">'
         f'<header><div class="bv-title"><h3>{escape(assessment.name)}</h3>'
-        f'<p class="bv-detail">{escape(assessment.detail)}</p></div>'
         f'<span class="bv-verdict bv-verdict-{assessment.verdict}">'
-        f'<span aria-hidden="true">{symbol}</span> {words}</span></header>'
-        f'<ul class="bv-bars">{rows}</ul>{more}'
+        f'<span aria-hidden="true">{symbol}</span> {words}</span></div>'
+        f'<p class="bv-detail">{escape(assessment.detail)}</p></header>'
+        f'<div><ul class="bv-bars">{rows}</ul>{more}</div>'
         f"{_entropy(assessment)}{_none(assessment)}</section>"
     )
 
@@ -133,10 +135,11 @@ def _panel(
 def _row(prediction: Prediction, best: bool) -> str:
     whisker = ""
     spread = ""
-    if prediction.high > prediction.low:
-        left, width = 100 * prediction.low, 100 * (prediction.high - prediction.low)
-        whisker = f'<span class="bv-whisker" style="left:{left:.2f}%;width:{width:.2f}%"></span>'
+    left, width = 100 * prediction.low, 100 * (prediction.high - prediction.low)
+    if width > 0.0:
         spread = f", one standard deviation {percent(prediction.low)} to {percent(prediction.high)}"
+    if width >= _LEAST_WHISKER:
+        whisker = f'<span class="bv-whisker" style="left:{left:.2f}%;width:{width:.2f}%"></span>'
     label = escape(prediction.label)
     return (
         f'<li class="bv-row{" bv-best" if best else ""}" '
@@ -187,14 +190,14 @@ def _headline(assessments: Sequence[Assessment]) -> str:
 
 def _rule(thresholds: Thresholds, likelihood: Likelihood) -> str:
     none = (
-        "the best label’s score is at most " + percent(1.0 - thresholds.none)
+        f"the best label’s score is at most {100 * (1.0 - thresholds.none):.3g} %"
         if likelihood == "sigmoid"
-        else "a “something else” class beside your labels would get " + percent(thresholds.none)
+        else f"a “something else” class beside your labels would get {100 * thresholds.none:.3g} %"
     )
     more = "" if likelihood == "sigmoid" else " or more"
     return (
         f"<b>Probably none of these</b>: {none}{more}. Otherwise <b>sure</b>: the best label has "
-        f"{percent(thresholds.sure)} or more; else <b>unsure</b>. Whiskers: the score when the label’s own logit "
+        f"{100 * thresholds.sure:.3g} % or more; else <b>unsure</b>. Whiskers: the score when the label’s own logit "
         "is one standard deviation lower or higher."
     )
 
@@ -212,5 +215,4 @@ def percent(value: float) -> str:
         return "<0.1 %"
     if 0.999 < value < 1.0:
         return ">99.9 %"
-    text = f"{math.floor(1000 * value + 0.5) / 10:.1f}"
-    return f"{text.removesuffix('.0')} %"
+    return f"{math.floor(1000 * value + 0.5) / 10:.1f} %"

@@ -77,8 +77,11 @@ def read_visitor_image(source: str | Path | bytes) -> Image.Image:
         raise ImageInputError(f"The file is larger than {MAX_FILE_BYTES >> 20} MB: scale it down.")
     if not data:
         raise ImageInputError("The file is empty.")
+    # Pillow knows by name only the formats whose plugins it has loaded.
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageInputError(
                     f"The image has {image.width} x {image.height} pixels; at most "

@@ -191,7 +191,7 @@ class ModelStore:
         """
         first = self._variant(loaded, posterior, Hyperparameters())
         result = [
-            Variant("Plain", "a point estimate: no uncertainty", loaded.plain),
+            Variant("Plain model", "one set of weights, no uncertainty", loaded.plain),
             Variant("Bayesian", _describe(first), first),
         ]
         if second is not None:
@@ -290,7 +290,7 @@ def _describe(model: BayesVLMForZeroShot) -> str:
     counts = {config[part]["pseudo_data_count"] for part in ("image", "text")}
     count = " / ".join(f"{value:g}" for value in sorted(counts))
     unsure = {"both": "both towers", "image": "image tower", "text": "text tower"}[model.modalities]
-    return f"{unsure}, {config['covariance']} covariance, {config['damping']} damping, pseudo-data ×{count}"
+    return f"{unsure}, {config['covariance']}, {config['damping']} damping, pseudo-data × {count}"
 
 
 def _sentence(error: Exception) -> str:

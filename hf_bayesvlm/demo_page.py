@@ -46,14 +46,15 @@ class Page:
         """Lay the page out; the order is also that of the Tab key."""
         import gradio as gr
 
-        gr.HTML(HERO, padding=False)
+        gr.HTML(HERO, padding=False, elem_id="bv-hero")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._build_question()
             with gr.Column(scale=8, min_width=320):
                 self.results = gr.HTML(self.first.html, elem_id="bv-results", padding=False)
+                self._build_settings()
                 with gr.Accordion("How this is computed", open=False):
-                    gr.HTML(NOTES, padding=False)
+                    gr.HTML(NOTES, padding=False, elem_id="bv-notes")
                 with gr.Accordion("Result as JSON", open=False):
                     self.json = gr.JSON(
                         self.first.result, show_label=False, elem_id="bv-json", max_height=420
@@ -67,7 +68,7 @@ class Page:
 
         samples = sample_images()
         self.image = gr.Image(
-            samples[0].path,
+            first_example(),
             type="filepath",
             image_mode=None,
             sources=["upload", "clipboard", "webcam"],
@@ -114,7 +115,6 @@ class Page:
                 elem_id="bv-rotation",
             )
             self.reset = gr.Button("Undo all", size="sm", elem_id="bv-reset")
-        self._build_settings()
 
     def _build_settings(self) -> None:
         import gradio as gr
@@ -257,6 +257,11 @@ class Page:
             api_name="classify",
             api_description="Score an image against labels, plain and Bayesian.",
         )
+
+
+def first_example() -> str:
+    """The image of the first screen: the model is right about it, until the sliders are moved."""
+    return next(sample.path for sample in sample_images() if sample.label == "airplane")
 
 
 def _hub_hint(allow_hub: bool, what: str) -> str:

@@ -357,7 +357,8 @@ def _predictions(
     stds = var.sqrt().tolist()
     values, means = scores.tolist(), mean.tolist()
     for i in scores.argsort(descending=True, stable=True).tolist():
-        low, high = score_interval(values[i], stds[i])
+        # Without uncertainty the interval is the score, to the last digit.
+        low, high = score_interval(values[i], stds[i]) if stds[i] else (values[i], values[i])
         rows.append(Prediction(labels[i], values[i], low, high, means[i], stds[i]))
     return tuple(rows)
 

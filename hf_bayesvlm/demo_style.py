@@ -9,7 +9,7 @@ MONOSPACE = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 CSS = """
 .gradio-container {
-  --bv-ink: #1b2733; --bv-soft: #4f5d6b; --bv-line: #dbe2e9; --bv-card: #ffffff; --bv-track: #edf1f5;
+  --bv-ink: #1b2733; --bv-soft: #4f5d6b; --bv-line: var(--border-color-primary); --bv-card: var(--block-background-fill); --bv-track: #edf1f5;
   --bv-plain: #8593a3; --bv-bayes: #1f6f9f; --bv-second: #6a51a3; --bv-whisker: #101820;
   --bv-aleatoric: #7fb2d0; --bv-epistemic: #d9731a;
   --bv-sure-bg: #dff3e6; --bv-sure: #11592f; --bv-unsure-bg: #fdf0d0; --bv-unsure: #6f4700;
@@ -17,7 +17,7 @@ CSS = """
   max-width: 1240px !important; margin: 0 auto !important;
 }
 .dark .gradio-container, .gradio-container.dark, body.dark .gradio-container {
-  --bv-ink: #eef2f6; --bv-soft: #b3c0cc; --bv-line: #37434f; --bv-card: #182129; --bv-track: #2a353f;
+  --bv-ink: #eef2f6; --bv-soft: #b3c0cc; --bv-track: #334155;
   --bv-plain: #93a2b1; --bv-bayes: #58b0e3; --bv-second: #b09ae6; --bv-whisker: #ffffff;
   --bv-aleatoric: #3f7ea3; --bv-epistemic: #f39a4a;
   --bv-sure-bg: #143d26; --bv-sure: #a5ecc0; --bv-unsure-bg: #463408; --bv-unsure: #ffdf94;
@@ -37,23 +37,25 @@ CSS = """
 .bv-summary-text { min-width: 0; }
 .bv-results .bv-headline { font-size: 1.12rem; line-height: 1.4; overflow-wrap: anywhere; }
 .bv-results .bv-caption { color: var(--bv-soft); margin-top: 4px; font-size: 0.88rem; }
+#bv-results .html-container, #bv-hero .html-container, #bv-notes .html-container { padding: 0; }
+.bv-hero a { padding: 0; margin: 0; }
 .bv-panels { display: grid; gap: 12px; grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .bv-panel { border: 1px solid var(--bv-line); border-radius: 12px; background: var(--bv-card);
-  padding: 14px; display: flex; flex-direction: column; min-width: 0; }
+  padding: 14px; min-width: 0; display: grid; grid-row: span 4; grid-template-rows: subgrid; row-gap: 0; }
 .bv-panels-3 .bv-second { grid-column: 1 / -1; }
-.bv-panel header { display: flex; flex-wrap: wrap; gap: 6px 10px; justify-content: space-between;
-  align-items: flex-start; margin-bottom: 12px; min-height: 58px; }
-.bv-title { min-width: 0; flex: 1 1 130px; }
+.bv-panel header { margin-bottom: 12px; }
+.bv-title { display: flex; flex-wrap: wrap; gap: 4px 10px; justify-content: space-between;
+  align-items: center; }
 .bv-results h3 { font-size: 1.05rem; font-weight: 650; line-height: 1.3; }
-.bv-results .bv-detail { color: var(--bv-soft); font-size: 0.8rem; line-height: 1.35; margin-top: 2px; }
+.bv-results .bv-detail { color: var(--bv-soft); font-size: 0.8rem; line-height: 1.4; margin-top: 5px; }
 .bv-verdict { border-radius: 999px; padding: 3px 11px; font-weight: 650; font-size: 0.85rem;
   line-height: 1.45; }
 .bv-verdict-sure { background: var(--bv-sure-bg); color: var(--bv-sure); }
 .bv-verdict-unsure { background: var(--bv-unsure-bg); color: var(--bv-unsure); }
 .bv-verdict-none { background: var(--bv-none-bg); color: var(--bv-none); }
 .bv-results .bv-bars { list-style: none; display: grid; gap: 7px; }
-.bv-row { display: grid; grid-template-columns: minmax(0, 7.2em) minmax(0, 1fr) 4.1em; gap: 9px;
-  align-items: center; margin: 0; }
+.bv-row { display: grid; grid-template-columns: minmax(0, 6.8em) minmax(0, 1fr) 4em; gap: 9px;
+  align-items: center; margin: 0; padding: 0; }
 .bv-label { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .bv-best .bv-label, .bv-best .bv-score { font-weight: 700; }
 .bv-score { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -63,11 +65,11 @@ CSS = """
 .bv-bayes .bv-fill { background: var(--bv-bayes); }
 .bv-second .bv-fill { background: var(--bv-second); }
 .bv-whisker { position: absolute; top: 50%; height: 10px; transform: translateY(-50%);
-  border-left: 2px solid var(--bv-whisker); border-right: 2px solid var(--bv-whisker); box-sizing: border-box; }
-.bv-whisker::after { content: ""; position: absolute; left: 0; right: 0; top: calc(50% - 1px);
-  border-top: 2px solid var(--bv-whisker); }
+  border: solid var(--bv-whisker); border-width: 0 1.5px; box-sizing: border-box; }
+.bv-whisker::after { content: ""; position: absolute; left: 0; right: 0; top: calc(50% - 0.75px);
+  border-top: 1.5px solid var(--bv-whisker); }
 .bv-results .bv-more { color: var(--bv-soft); font-size: 0.85rem; margin-top: 7px; }
-.bv-entropy { margin-top: auto; padding-top: 14px; font-size: 0.88rem; }
+.bv-entropy { padding-top: 14px; align-self: end; font-size: 0.88rem; }
 .bv-entropy-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 8px; }
 .bv-stack { display: flex; height: 10px; border-radius: 5px; overflow: hidden; margin: 6px 0;
   background: var(--bv-track); }
@@ -87,12 +89,12 @@ CSS = """
 .bv-notes h4 { margin: 10px 0 2px; font-size: 0.98rem; }
 .bv-notes h4:first-child { margin-top: 0; }
 .bv-notes p { margin: 0; max-width: 90ch; }
+.gradio-container .min_value, .gradio-container .max_value { color: var(--bv-soft); }
 #bv-examples .gallery-item img, #bv-examples .thumbnail { background: #ffffff; }
 button:focus-visible, textarea:focus-visible, input:focus-visible, a:focus-visible, summary:focus-visible {
   outline: 3px solid var(--bv-epistemic) !important; outline-offset: 2px; }
 @media (max-width: 640px) {
   .bv-panels { grid-template-columns: minmax(0, 1fr); }
-  .bv-panel header { min-height: 0; }
   .bv-hero h1 { font-size: 1.4rem; }
   .bv-preview { width: 68px; height: 68px; }
   .gradio-container { padding-left: 10px !important; padding-right: 10px !important; }
@@ -157,6 +159,7 @@ def demo_theme() -> Any:
         slider_color="#1f6f9f",
         slider_color_dark="#58b0e3",
         block_label_text_color="*neutral_700",
+        block_title_text_color="*neutral_800",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
         input_placeholder_color="*neutral_500",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 TIMEOUT_MS = 60_000
-_COLOURS = 256
+MAX_BYTES = 200_000
 
 
 def find_chromium() -> str | None:
@@ -127,7 +127,7 @@ def main() -> int:
         print("no Chromium: install one, or set BAYESVLM_CHROMIUM to its path", file=sys.stderr)
         return 2
     folder.mkdir(parents=True, exist_ok=True)
-    shots = {
+    shots: dict[str, dict[str, Any]] = {
         "space": {"width": 1280, "height": 980},
         "space-dark": {"width": 1280, "height": 980, "dark": True},
         "space-phone": {"width": 390, "height": 844},
@@ -135,8 +135,8 @@ def main() -> int:
     with running_app() as url, running_browser(chromium) as browser:
         for name, options in shots.items():
             page = open_page(browser, url, **options)
-            set_slider(page, "bv-blur", 3)
-            page.wait_for_selector("text=with blur 3 %")
+            set_slider(page, "bv-blur", 5)
+            page.wait_for_selector("text=with blur 5 %")
             page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
             path = folder / f"{name}.png"
             page.screenshot(path=path, full_page=name == "space-phone", animations="disabled")
@@ -147,14 +147,16 @@ def main() -> int:
 
 
 def compress(path: Path) -> None:
-    """Rewrite a picture with a palette; a page has few colours.
+    """Rewrite a picture as small as it can be, with a palette only if it is too large otherwise.
 
     Args:
         path: A PNG file.
     """
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(_COLOURS, method=Image.Quantize.MEDIANCUT)
-    small.save(path, optimize=True)
+        rgb = image.convert("RGB")
+    rgb.save(path, optimize=True)
+    if path.stat().st_size > MAX_BYTES:
+        rgb.quantize(256, method=Image.Quantize.MEDIANCUT).save(path, optimize=True)
 
 
 if __name__ == "__main__":
