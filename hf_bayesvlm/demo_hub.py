@@ -175,7 +175,8 @@ def _check_model_config(repo_id: str, config: dict[str, Any]) -> None:
             model = BayesVLMForZeroShot(wrapped)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise DemoError(f"{repo_id}: config.json is not that of a usable model.") from error
-    count = sum(parameter.numel() for parameter in model.parameters())
+    # Buffers too: the configuration says how large the posterior's factors are.
+    count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if count > MAX_PARAMETERS:
         raise DemoError(
             f"{repo_id} has {count / 1e9:.1f} billion parameters; the demo takes up to "
