@@ -60,7 +60,13 @@ class Page:
                         self.first.result, show_label=False, elem_id="bv-json", max_height=420
                     )
                 with gr.Accordion("Use it from Python", open=False):
-                    gr.Code(_SNIPPET, language="python", show_label=False, interactive=False)
+                    gr.Code(
+                        _SNIPPET,
+                        language="python",
+                        show_label=False,
+                        interactive=False,
+                        wrap_lines=True,
+                    )
         self._connect()
 
     def _build_question(self) -> None:

@@ -37,6 +37,10 @@ CSS = """
 .bv-summary-text { min-width: 0; }
 .bv-results .bv-headline { font-size: 1.12rem; line-height: 1.4; overflow-wrap: anywhere; }
 .bv-results .bv-caption { color: var(--bv-soft); margin-top: 4px; font-size: 0.88rem; }
+.gradio-container main { min-width: 0; max-width: 100%; }
+.gradio-container .column, .gradio-container .row, .gradio-container .block { max-width: 100%; }
+.gradio-container .column > * { min-width: 0; }
+#bv-json { overflow-wrap: anywhere; }
 #bv-results .html-container, #bv-hero .html-container, #bv-notes .html-container { padding: 0; }
 .bv-hero a { padding: 0; margin: 0; }
 .bv-panels { display: grid; gap: 12px; grid-template-columns: repeat(2, minmax(0, 1fr)); }
