@@ -209,10 +209,10 @@ def percent(value: float) -> str:
         value: From 0 to 1.
 
     Returns:
-        Such as `"64.8 %"`, `"<0.1 %"` or `">99.9 %"`.
+        Such as `"64.8 %"`, `"<0.1 %"` or `">99.9 %"`, with a space that does not break.
     """
     if 0.0 < value < 0.001:
-        return "<0.1 %"
+        return "<0.1\u00a0%"
     if 0.999 < value < 1.0:
-        return ">99.9 %"
-    return f"{math.floor(1000 * value + 0.5) / 10:.1f} %"
+        return ">99.9\u00a0%"
+    return f"{math.floor(1000 * value + 0.5) / 10:.1f}\u00a0%"

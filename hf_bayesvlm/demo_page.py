@@ -168,12 +168,12 @@ class Page:
                 "Whose uncertainty": ["both", "image", "text"],
                 "Choose prior precisions again": ["reference", "evidence"],
             }
-            self.hyperparameters = [
-                gr.Dropdown([AS_IT_IS, *values], value=start, label=label)
-                for (label, values), start in zip(
-                    choices.items(), ["1", AS_IT_IS, AS_IT_IS, AS_IT_IS, "reference"], strict=True
-                )
-            ]
+            starts = ["1", AS_IT_IS, AS_IT_IS, AS_IT_IS, "reference"]
+            with gr.Row():
+                self.hyperparameters = [
+                    gr.Dropdown([AS_IT_IS, *values], value=start, label=label, min_width=220)
+                    for (label, values), start in zip(choices.items(), starts, strict=True)
+                ]
         with gr.Accordion("Model", open=False):
             self.model = gr.Dropdown(
                 list(store.models),

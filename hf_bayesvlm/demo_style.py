@@ -26,7 +26,7 @@ CSS = """
 .bv-hero { padding: 6px 2px 2px; }
 .bv-hero h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 6px; font-weight: 700;
   letter-spacing: -0.01em; color: var(--bv-ink); }
-.bv-hero p { margin: 0; color: var(--bv-soft); font-size: 1rem; line-height: 1.5; max-width: 74ch; }
+.bv-hero p { margin: 0; color: var(--bv-soft); font-size: 1rem; line-height: 1.5; max-width: 92ch; }
 .bv-hero a, .bv-notes a { color: var(--bv-bayes); text-decoration: underline; }
 .bv-results { color: var(--bv-ink); font-size: 0.94rem; }
 .bv-results p, .bv-results h3, .bv-results ul { margin: 0; padding: 0; color: inherit; }
@@ -94,6 +94,9 @@ CSS = """
 .bv-notes h4:first-child { margin-top: 0; }
 .bv-notes p { margin: 0; max-width: 90ch; }
 .gradio-container .min_value, .gradio-container .max_value { color: var(--bv-soft); }
+#bv-examples .gallery { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); }
+#bv-examples .gallery-item, #bv-examples .gallery-item * { width: 100%; height: auto; }
+.dark .gradio-container input[type="range"] { --neutral-200: #475569; }
 #bv-examples .gallery-item img, #bv-examples .thumbnail { background: #ffffff; }
 button:focus-visible, textarea:focus-visible, input:focus-visible, a:focus-visible, summary:focus-visible {
   outline: 3px solid var(--bv-epistemic) !important; outline-offset: 2px; }
@@ -125,10 +128,10 @@ between label and weights: draws of the weights disagree. In nats; a plain model
 <h4>“Probably none of these”</h4>
 <p>A softmax over your labels adds up to 1 even if none fits. So CLIP-like models get one more class, “none of these”: its
 odds are the mean of those of five prompts that fit anything (something, something else, an object, a thing, a picture),
-in your templates. The verdict falls when this class would get more than the threshold. The scores shown leave it out.
+in your templates. It is the verdict when this class would get the threshold or more. The scores shown leave it out.
 SigLIP-like models judge every label on its own, so “none” is 1 minus the best label’s score. It is a rule of thumb:
-on emoji in drawing styles the embedded model never saw, with 12 random labels, it flagged 28 % of the images whose label
-was missing and 4 % of those whose label was there.</p>
+on 600 emoji in drawing styles the embedded model never saw, with 12 random labels, the verdict was right for 28 % of the
+images when their label was missing and wrong for 4 % when it was there.</p>
 <h4>Sure or unsure</h4>
 <p>Sure if the best label reaches the threshold, else unsure.</p>
 <h4>Degrading</h4>

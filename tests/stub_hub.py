@@ -1,4 +1,4 @@
-"""A Hub in a thread: serves folders as public model repositories, and writes down what was asked."""
+"""A Hub in a thread: serves folders as public model repositories, takes commits, writes down what was asked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,6 +26,8 @@ class StubHub:
         url: Where it listens.
         requests: Method and path of every request.
         tokens: Authorization headers that came.
+        created: What repositories were created with.
+        commits: Bodies of the commits that were pushed.
     """
 
     root: Path
@@ -32,6 +35,8 @@ class StubHub:
     url: str = ""
     requests: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
+    created: list[dict[str, Any]] = field(default_factory=list)
+    commits: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -53,13 +58,41 @@ def running_hub(root: Path) -> Iterator[StubHub]:
         def do_GET(self) -> None:
             self.answer(body=True)
 
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path).strip("/")
+            hub.requests.append(f"POST {path}")
+            text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            reply: dict[str, Any] = {}
+            if path == "api/repos/create":
+                hub.created.append(json.loads(text))
+                asked = hub.created[-1]
+                name = asked["name"] if "/" in asked["name"] else f"me/{asked['name']}"
+                reply = {"url": f"{hub.url}/spaces/{name}"}
+            elif "/preupload/" in path:
+                # Everything goes into the commit itself.
+                names = [file["path"] for file in json.loads(text)["files"]]
+                modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                reply = {"files": [{"path": name, **modes} for name in names]}
+            elif "/commit/" in path:
+                hub.commits.append(text)
+                reply = {
+                    "commitUrl": f"{hub.url}/spaces/me/demo/commit/{COMMIT}",
+                    "commitOid": COMMIT,
+                }
+            self.send(200, json.dumps(reply).encode(), {"Content-Type": "application/json"}, True)
+
         def answer(self, *, body: bool) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             hub.requests.append(f"{self.command} {path}")
             if "Authorization" in self.headers:
                 hub.tokens.append(self.headers["Authorization"])
             parts = path.split("/")
-            if parts[:2] == ["api", "models"] and len(parts) >= 4:
+            if parts[:2] == ["api", "spaces"]:
+                listing = (
+                    b"[]" if "tree" in parts else json.dumps({"id": path, "sha": COMMIT}).encode()
+                )
+                self.send(200, listing, {"Content-Type": "application/json"}, body)
+            elif parts[:2] == ["api", "models"] and len(parts) >= 4:
                 self.send_info("/".join(parts[2:4]), tree="tree" in parts[4:], body=body)
             elif len(parts) >= 5 and parts[2] == "resolve":
                 self.send_file("/".join(parts[:2]), "/".join(parts[4:]), body)
