@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from .demo_handlers import AS_IT_IS, Handlers
@@ -23,6 +24,10 @@ result = client.predict(
     api_name="/classify",
 )
 print(result["bayesian"]["verdict"], result["bayesian"]["predictions"][0])"""
+
+
+_NAME_EXAMPLES = """() => document.querySelectorAll("#bv-examples .gallery-item").forEach(
+  (button, i) => button.setAttribute("aria-label", NAMES[i]))"""
 
 
 class Page:
@@ -254,6 +259,9 @@ class Page:
             [self.blur, self.noise, self.rotation],
             api_visibility="private",
         )
+        # Gradio gives the pictures no names, and a screen reader needs them.
+        names = json.dumps([f"Example: {sample.label}" for sample in sample_images()])
+        gr.on(fn=None, js=_NAME_EXAMPLES.replace("NAMES", names), api_visibility="private")
         endpoint = gr.Button(visible=False)
         endpoint.click(
             self.handlers.classify,

@@ -94,8 +94,10 @@ CSS = """
 .bv-notes h4:first-child { margin-top: 0; }
 .bv-notes p { margin: 0; max-width: 90ch; }
 .gradio-container .min_value, .gradio-container .max_value { color: var(--bv-soft); }
-#bv-examples .gallery { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); }
-#bv-examples .gallery-item, #bv-examples .gallery-item * { width: 100%; height: auto; }
+#bv-examples .gallery:not(.container) { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); }
+#bv-examples .gallery-item { width: 100%; aspect-ratio: 1; padding: 0; }
+#bv-examples .gallery-item > *, #bv-examples .gallery-item .container, #bv-examples .gallery-item img {
+  display: block; width: 100%; height: 100%; max-width: none; object-fit: contain; }
 .dark .gradio-container input[type="range"] { --neutral-200: #475569; }
 #bv-examples .gallery-item img, #bv-examples .thumbnail { background: #ffffff; }
 button:focus-visible, textarea:focus-visible, input:focus-visible, a:focus-visible, summary:focus-visible {

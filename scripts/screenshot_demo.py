@@ -128,8 +128,8 @@ def main() -> int:
         return 2
     folder.mkdir(parents=True, exist_ok=True)
     shots: dict[str, dict[str, Any]] = {
-        "space": {"width": 1280, "height": 980},
-        "space-dark": {"width": 1280, "height": 980, "dark": True},
+        "space": {"width": 1280, "height": 1090},
+        "space-dark": {"width": 1280, "height": 1090, "dark": True},
         "space-phone": {"width": 390, "height": 844},
     }
     with running_app() as url, running_browser(chromium) as browser:

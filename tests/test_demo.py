@@ -105,7 +105,7 @@ def test_an_uploaded_image_is_classified(page: Page) -> None:
 
 
 def test_an_example_is_classified(page: Page) -> None:
-    page.locator("#bv-examples button").nth(2).click()
+    page.get_by_role("button", name="Example: rocket").click()
     expect(page.locator(f"{BAYES} .bv-best .bv-label")).to_have_text("rocket")
 
 
@@ -211,6 +211,10 @@ def tab_to(page: Page, element: str) -> None:
 
 
 def test_everything_can_be_reached_with_the_keyboard(page: Page) -> None:
+    images = page.locator("#bv-examples img")
+    expect(images).to_have_count(10)
+    sizes = [images.nth(i).bounding_box() for i in range(10)]
+    assert all(size is not None and size["width"] > 50 and size["height"] > 50 for size in sizes)
     tab_to(page, "bv-labels")
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("rocket, airplane, bicycle")

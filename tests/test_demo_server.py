@@ -300,3 +300,18 @@ def test_the_command_serves_the_page_and_fails_with_a_sentence(tmp_path: Path) -
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def test_without_gradio_the_error_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['gradio'] = None\n"
+        "from hf_bayesvlm.demo import build_app\n"
+        "try: build_app()\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.stdout.strip() == "the demo needs Gradio: pip install 'hf_bayesvlm[demo]'"
