@@ -10,6 +10,7 @@ import typer
 
 from ._version import __version__
 from .cli_classify import classify
+from .cli_demo import demo
 from .cli_fit import fit
 from .cli_import import import_reference
 from .cli_push import push
@@ -45,6 +46,7 @@ app.command()(fit)
 app.command()(tune)
 app.command()(import_reference)
 app.command()(push)
+app.command()(demo)
 
 
 def main() -> None:

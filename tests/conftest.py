@@ -10,6 +10,9 @@ import pytest
 import torch
 from hub_server import HubDouble
 
+# Read when Gradio is imported; servers that tests start inherit it.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
 _ROOT = Path(__file__).resolve().parents[1]
 _PUBLISHED = _ROOT.parent / "shared" / "reference" / "clip-vit-b-32-laion2b"
 

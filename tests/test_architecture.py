@@ -61,6 +61,8 @@ ROWS = [
         "plotting_tuning",
         "remote_code",
     },
+    {"demo_images", "demo_scoring", "demo_figures", "demo_hub", "demo_models", "demo_service"},
+    {"demo_style", "demo_server", "demo_handlers", "demo_page", "demo"},
     # With every `cli_*`.
     {"cli", "__init__"},
 ]

@@ -12,7 +12,7 @@ runner = CliRunner()
 
 def test_every_subcommand_is_listed_with_what_it_does() -> None:
     output = runner.invoke(app, ["--help"], terminal_width=200, color=False).output
-    for name in ("classify", "fit", "tune", "import-reference", "push"):
+    for name in ("classify", "fit", "tune", "import-reference", "push", "demo"):
         assert name in output
 
 
