@@ -161,6 +161,15 @@ def test_a_failing_pass_is_reported() -> None:
         benchmark_pass.run_pass("nothing", 4, 4, 4, 4)
 
 
+def test_the_peak_of_a_pass_is_its_own_and_not_its_parents() -> None:
+    # A process starts with the high-water mark of the one that started it in its resource usage.
+    large = torch.ones(2**26)
+    result = benchmark_pass.run_pass("ours", 32, 16, 8, 8)
+    assert large.element_size() * len(large) / 2**20 == 256
+    assert 0 <= result.peak_mib < 128
+    assert len(result.block_seconds) == 2
+
+
 def test_peak_memory_sees_what_a_pass_allocates() -> None:
     before = benchmark_pass.resident_bytes()
     assert before > 2**20
