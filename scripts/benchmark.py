@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import benchmark_scaling
 import numpy as np
 import torch
 from benchmark_common import interleaved, print_rows, textbook_ggn, write_json
@@ -191,6 +192,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each competitor")
+    parser.add_argument(
+        "--scaling",
+        type=Path,
+        metavar="PAGE",
+        help="measure the cost of estimation too and write this page (about half an hour)",
+    )
     options = parser.parse_args(arguments)
     clip = random_clip()
     model = BayesVLMForZeroShot.from_vlm(random_clip())
@@ -204,6 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     print_table(comparisons)
     if options.json is not None:
         write_json(options.json, {"comparisons": [asdict(row) for row in comparisons]})
+    if options.scaling is not None:
+        return benchmark_scaling.main(["--write", str(options.scaling)])
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,16 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PUBLISHED = _ROOT.parent / "shared" / "reference" / "clip-vit-b-32-laion2b"
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left() -> Iterator[None]:
+    """An `Accelerator` is global to a process: the next test must be able to make another one."""
+    yield
+    if "accelerate.state" in sys.modules:
+        AcceleratorState = sys.modules["accelerate.state"].AcceleratorState
+        if AcceleratorState._shared_state:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
