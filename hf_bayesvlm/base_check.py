@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .curvature import Likelihood
 from .fingerprint import Fingerprint, fingerprint_projections, fingerprints_match
+from .laplace import squared_norm
 from .posterior import BayesVLMPosterior
 from .posterior_files import PosteriorError
 
@@ -64,7 +65,7 @@ def fit_to_base(
     image, text = (
         replace(
             getattr(posterior, name),
-            weight_norm_squared=float(weights[name].double().square().sum()),
+            weight_norm_squared=squared_norm(weights[name]),
         )
         for name in ("image", "text")
     )

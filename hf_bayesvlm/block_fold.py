@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .backbones import at_least_float32
 from .curvature import CurvatureAccumulator, KroneckerFactors
 from .distributed import Ranks
 from .modeling_bayesvlm import BayesVLMForZeroShot
@@ -28,6 +29,8 @@ class BlockFolder:
 
     def __init__(self, model: BayesVLMForZeroShot, capacity: int, ranks: Ranks) -> None:
         self._shapes = {name: tuple(w.shape) for name, w in model.projection_weights().items()}
+        # Of the embeddings; a process without pairs must not send another one.
+        self._dtype = at_least_float32(model.image_projection.weight.new_zeros(())).dtype
         self._likelihood = model.likelihood
         self._scale = model.logit_scale.item()
         self._bias = model.logit_bias.item() if model.likelihood == "sigmoid" else 0.0
@@ -148,7 +151,7 @@ class BlockFolder:
         if buffer is None:
             features, in_features = self._shapes[name]
             width = features if kind == "mean" else in_features
-            return torch.zeros((0, width), device=self._ranks.device)
+            return torch.zeros((0, width), dtype=self._dtype, device=self._ranks.device)
         return buffer[: self._count]
 
     def _accumulator(self) -> CurvatureAccumulator:

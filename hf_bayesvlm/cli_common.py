@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .posterior_files import POSTERIOR_CONFIG_NAME
+
 if TYPE_CHECKING:
     from .modeling_bayesvlm import BayesVLMForZeroShot
 
@@ -34,6 +36,26 @@ def check_plot(plot: Path | None) -> None:
         raise ValueError(f"--plot {plot}: the name must end in one of {', '.join(sorted(endings))}")
     if not plot.absolute().parent.is_dir():
         raise FileNotFoundError(f"--plot {plot}: there is no folder {plot.absolute().parent}")
+
+
+def check_out(out: Path | None, overwrite: bool) -> None:
+    """Refuse an `--out` that could not be written, or that holds a posterior which nobody said to replace.
+
+    Raises:
+        FileExistsError: If it is a file, or holds a posterior.
+        PermissionError: If it cannot be written to.
+    """
+    if out is None:
+        return
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out} is a file; give a folder")
+    if (out / POSTERIOR_CONFIG_NAME).exists() and not overwrite:
+        raise FileExistsError(f"--out {out} holds a posterior: give --overwrite to replace it")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise FileExistsError(f"--out {out}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"--out {out} cannot be written to")
 
 
 def check_model_source(name: str) -> None:

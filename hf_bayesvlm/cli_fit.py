@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 from tarfile import TarError
@@ -12,13 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_common import check_device, fail, load_model, load_processor
-from .posterior_files import POSTERIOR_CONFIG_NAME, hub_id
+from .cli_common import check_device, check_out, fail, load_model, load_processor
+from .posterior_files import hub_id
 
 if TYPE_CHECKING:
     from .posterior import BayesVLMPosterior
 
 _MAX_DEFAULT_WORKERS = 8
+_PATIENCE = datetime.timedelta(hours=12)
 
 
 def fit(
@@ -177,15 +179,7 @@ def _check_target(out: Path | None, push: str | None, overwrite: bool) -> None:
         raise ValueError("give --out FOLDER, --push USER/NAME, or both")
     if push is not None and (hub_id(push) is None or "/" not in push):
         raise ValueError(f"--push {push!r} is not a Hub id of the form user/name")
-    if out is None:
-        return
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out {out} is a file: give a folder")
-    if (out / POSTERIOR_CONFIG_NAME).exists() and not overwrite:
-        raise FileExistsError(f"--out {out} holds a posterior: give --overwrite to replace it")
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise PermissionError(f"--out {out} cannot be written to")
+    check_out(out, overwrite)
 
 
 def _check_login(push: str) -> None:
@@ -199,11 +193,13 @@ def _check_login(push: str) -> None:
 
 
 def _accelerator(device: str | None) -> Any:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     check_device(device)
+    # One process may download or convert for hours while the others wait.
+    handlers = [InitProcessGroupKwargs(timeout=_PATIENCE)]
     if device is None:
-        return Accelerator()
+        return Accelerator(kwargs_handlers=handlers)
     import torch
 
     wanted = torch.device(device)
@@ -213,7 +209,7 @@ def _accelerator(device: str | None) -> Any:
         )
     if wanted.type == "cuda" and wanted.index is not None:
         torch.cuda.set_device(wanted)
-    accelerator = Accelerator(cpu=wanted.type == "cpu")
+    accelerator = Accelerator(cpu=wanted.type == "cpu", kwargs_handlers=handlers)
     if accelerator.device.type != wanted.type:
         raise ValueError(f"--device {device} cannot be used: accelerate takes {accelerator.device}")
     return accelerator
@@ -266,7 +262,17 @@ def _write(
         size = sum(file.stat().st_size for file in out.iterdir() if file.is_file())
         stderr.print(f"wrote {escape(str(out))} ({size / 1e6:.1f} MB)", highlight=False)
     if push is not None:
-        url = posterior.push_to_hub(push, private=private or None)
+        try:
+            url = posterior.push_to_hub(push, private=private or None)
+        except (OSError, ValueError) as error:
+            if out is not None:
+                raise
+            # The work of hours is not to be lost with the connection.
+            kept = Path(f"unpublished-{push.replace('/', '--')}")
+            posterior.save_pretrained(kept)
+            raise OSError(
+                f"{error}. The posterior is kept in {kept}: publish it with `bayesvlm push {kept} {push}`"
+            ) from error
         stderr.print(f"published {escape(str(url))}", highlight=False)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_common import fail, load_model
+from .cli_common import check_out, fail, load_model
 
 if TYPE_CHECKING:
     from .posterior import BayesVLMPosterior
@@ -48,6 +48,7 @@ def import_reference(
         typer.Option(help="Hub id or folder of the model they are for.", show_default=False),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder to write the posterior to.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a posterior in --out.")] = False,
     push: Annotated[str | None, typer.Option(help="Hub id to push the posterior to.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Push to a private repository.")] = (
         False
@@ -89,6 +90,7 @@ def import_reference(
     """
     stderr = Console(stderr=True)
     try:
+        check_out(out, overwrite)
         _check_options(out, push, likelihood, objective, image_weight_norm, text_weight_norm)
         published = read_published(directory, base_model, likelihood, revision)
         implied, reason = implied_norms(published)
@@ -252,8 +254,6 @@ def _check_options(
 ) -> None:
     if out is None and push is None:
         raise ValueError("say where the posterior goes: --out FOLDER, or --push USER/NAME")
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
     if likelihood not in (None, "softmax", "sigmoid"):
         raise ValueError(f"--likelihood must be softmax or sigmoid, not {likelihood!r}")
     if objective not in (None, "reference", "evidence"):

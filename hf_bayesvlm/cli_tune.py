@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_common import check_device, check_plot, fail, load_model, load_processor
+from .cli_common import check_device, check_out, check_plot, fail, load_model, load_processor
 
 if TYPE_CHECKING:
     from .tuning_result import TuningResult
@@ -40,6 +40,7 @@ def tune(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write the chosen posterior to.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a posterior in --out.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Write a picture of NLPD and ECE against the count.")
     ] = None,
@@ -101,7 +102,7 @@ def tune(
             refuse_test_data(dataset, split)
         options = _checked_options(labels, template, counts, criterion)
         check_plot(plot)
-        _check_out(out)
+        check_out(out, overwrite)
         check_device(device)
         opened = open_dataset(dataset, split=split)
         loaded = load_model(model, posterior)
@@ -152,11 +153,14 @@ def refuse_test_data(dataset: str, split: str | None) -> None:
     parts = {part.partition("[")[0].strip().lower() for part in (split or "").split("+")}
     if any(part == "all" or "test" in re.split(r"[^a-z]+", part) for part in parts):
         raise ValueError(f"the split {split!r} holds test data: {advice}")
-    path = Path(dataset)
-    name = path.name.lower()
-    is_file = path.is_file() or "*" in name
-    called = re.match(r"test([-_.*]|$)", name) if is_file else path.is_dir() and name == "test"
-    if called:
+    path = Path(dataset.partition("?")[0])
+    # A file is called by its name or its folder's; a Hub id such as user/test-of-time is no file.
+    called = [path.stem] if path.suffix or "*" in path.name else []
+    if called and path.parent.name.lower() == "test":
+        called = ["test"]
+    if path.is_dir():
+        called = [path.name]
+    if any("test" in re.split(r"[^a-z]+", name.lower()) for name in called):
         raise ValueError(f"{dataset} is called a test set: {advice}")
 
 
@@ -194,11 +198,6 @@ def _checked_options(
         if not all(0.0 < count < float("inf") for count in options["pseudo_data_counts"]):
             raise ValueError(f"--counts must be positive, not {counts}")
     return options
-
-
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder")
 
 
 def _report(result: TuningResult, as_json: bool, stderr: Console) -> None:

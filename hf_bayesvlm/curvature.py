@@ -209,7 +209,7 @@ class CurvatureAccumulator:
         """
         if sum_A.dtype != torch.float64 or sum_B.dtype != torch.float64:
             raise ValueError(f"sums must be float64, not {sum_A.dtype} and {sum_B.dtype}")
-        self._add(sum_A, sum_B, num_pairs)
+        self._add(sum_A.clone(), sum_B.clone(), num_pairs)
 
     def _add(self, block_A: Tensor, block_B: Tensor, num_pairs: int) -> None:
         if self._sum_A is None or self._sum_B is None:
@@ -248,7 +248,19 @@ def _ggn_sum(
     logit_bias: float,
     chunk_size: int | None,
 ) -> Tensor:
-    """Sum of the rows' GGNs in float64, `[features, features]`."""
+    """Sum of the rows' GGNs in float64, `[features, features]`; an autocast around it does not count."""
+    with torch.autocast(source.device.type, enabled=False):
+        return _ggn_sum_in_full(likelihood, source, target, logit_scale, logit_bias, chunk_size)
+
+
+def _ggn_sum_in_full(
+    likelihood: Likelihood,
+    source: Tensor,
+    target: Tensor,
+    logit_scale: float,
+    logit_bias: float,
+    chunk_size: int | None,
+) -> Tensor:
     _check_scalars(logit_scale, logit_bias, chunk_size)
     _check_embeddings(source, target)
     dtype = _compute_dtype(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,6 +54,8 @@ class Ranks:
             )
         if not connected or dist.get_world_size() == 1:
             return cls()
+        if dist.get_backend() == "nccl" and device.type != "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property
@@ -138,5 +141,8 @@ class Ranks:
 
     def _exchange(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        on_cuda = self.device is not None and self.device.type == "cuda"
+        # NCCL sends from the current device, which need not be the one that the model was put on.
+        with torch.cuda.device(self.device) if on_cuda else nullcontext():
+            dist.all_gather_object(values, value)
         return values

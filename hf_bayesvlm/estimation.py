@@ -29,7 +29,7 @@ from .curvature import KroneckerFactors
 from .distributed import Ranks
 from .estimation_identity import digest_model, digest_processor
 from .kronecker import Damping, check_positive
-from .laplace import NoMaximumError, Objective, optimize_prior_precision
+from .laplace import NoMaximumError, Objective, optimize_prior_precision, squared_norm
 from .modeling_bayesvlm import BayesVLMForZeroShot
 from .pair_blocks import BlockPlan, BlockRun, Sharding, share_data
 from .pair_embedding import OnError, PairEmbedder, on_device
@@ -228,19 +228,22 @@ def _checkpoint(
     if directory is None and ranks.world_size == 1:
         return None
 
+    shares_data = settings["sharding"] == "rows"
+
     def identify() -> dict[str, Any]:
         data = {"rows": reader.num_rows, "fingerprint": reader.fingerprint}
+        if directory is not None or shares_data:
+            data["sample"] = reader.sample_digest()
         if directory is None:
             return {"model": model.base_fingerprint(), "dataset": data, "settings": settings}
         return {
             "model": {"class": type(model.vlm).__name__, "weights": digest_model(model)},
             "processor": digest_processor(processor, embedder.settings),
-            "dataset": data | {"sample": reader.sample_digest()},
+            "dataset": data,
             "settings": settings,
         }
 
     identities = ranks.agree(identify)
-    shares_data = settings["sharding"] == "rows"
     for rank, identity in enumerate(identities):
         compared = identity.keys() if shares_data else identity.keys() - {"dataset"}
         different = [name for name in compared if identity[name] != identities[0][name]]
@@ -356,7 +359,7 @@ def _modality(
     objective: Objective,
     damping: Damping,
 ) -> ModalityPosterior:
-    norm = float(weight.double().square().sum())
+    norm = squared_norm(weight)
     precision = optimize_prior_precision(
         factors.A, factors.B, norm, pseudo_data_count, objective, damping=damping
     )

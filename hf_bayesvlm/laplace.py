@@ -32,6 +32,18 @@ _LOG_BOUND = 60.0
 _RANK_TOLERANCE = 1e-6
 
 
+def squared_norm(weight: Tensor) -> float:
+    """Sum of squares in float64, computed on the CPU: not every device has float64.
+
+    Args:
+        weight: Weights of any shape.
+
+    Returns:
+        $|W|^2$.
+    """
+    return float(weight.detach().cpu().double().square().sum())
+
+
 class NoMaximumError(ValueError):
     """The objective has no maximum: too many eigenvalues of the factors are zero."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from datasets import IterableDataset
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -204,7 +205,9 @@ class BlockRun:
             CheckpointError: If the checkpoint belongs to another run.
             PeerError: If another process failed.
         """
-        self.ranks.together(self._resume)
+        # One process reads and tells the others: their disks may not have the file.
+        found = self.ranks.agree(self._found)[0]
+        self.ranks.together(lambda: self._resume(found))
         if self.progress.complete:
             self._check_skipped()
             return self.progress
@@ -234,8 +237,12 @@ class BlockRun:
                 self._check_skipped()
         return self.progress
 
-    def _resume(self) -> None:
-        found = None if self.checkpoint is None else self.checkpoint.load()
+    def _found(self) -> tuple[Progress, dict[str, Tensor]] | None:
+        if self.checkpoint is None or not self.ranks.is_main:
+            return None
+        return self.checkpoint.load()
+
+    def _resume(self, found: tuple[Progress, dict[str, Tensor]] | None) -> None:
         if found is None:
             return
         self.progress, sums = found

@@ -206,8 +206,8 @@ def on_device(model: nn.Module, device: torch.device | None) -> Iterator[None]:
     if first.type == device.type == "cpu":
         yield
         return
-    model.to(device)
     try:
+        model.to(device)
         yield
     finally:
         model.to(first)

@@ -157,7 +157,7 @@ class PairColumns:
             raise PairError(
                 f"{where}: the caption in {self.text!r} must be a non-empty string, not {repr(text)[:80]}"
             )
-        image = _located(slot.image, self.image_root)
+        image = self.located(slot.image)
         if image is None:
             raise PairError(f"{where}: there is no image in {self.image!r}")
         try:
@@ -165,9 +165,12 @@ class PairColumns:
         except (ImageInputError, OSError) as error:
             raise PairError(f"{where}: {error}") from error
 
+    def located(self, image: Any) -> Any:
+        """The content of an undecoded image, with relative paths led from `image_root`."""
+        return _located(image, self.image_root)
+
 
 def _located(image: Any, root: str | None) -> Any:
-    """The content of an undecoded image, and where a relative path leads."""
     if isinstance(image, dict) and "image" not in image and image.keys() & {"bytes", "path"}:
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if root is None or not isinstance(image, (str, os.PathLike)):

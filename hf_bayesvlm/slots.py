@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import os
 import struct
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -125,14 +127,14 @@ class SlotReader:
         else:
             iterator = iter(self._dataset)
             rows = list(itertools.islice(iterator, _SAMPLE_ROWS))
-            if iterator is self._dataset:
-                # It can be read once only.
+            if not isinstance(self._dataset, IterableDataset):
+                # It may be readable once only, as a generator is, and whatever wraps one.
                 self._rows = itertools.chain(rows, iterator)
         digest = hashlib.sha256(str(self.num_rows).encode())
         for i, row in enumerate(rows):
             for slot in self.columns.slots_of(row, i, 0):
                 digest.update(f"{slot.text!r}{slot.error!r}".encode())
-                digest.update(_image_bytes(slot.image))
+                digest.update(_image_bytes(self.columns.located(slot.image)))
         return digest.hexdigest()
 
     def _skip(self, start: int, stop: int) -> Iterator[Slot]:
@@ -322,6 +324,12 @@ def _image_bytes(image: Any) -> bytes:
             return str(error).encode()
     if isinstance(image, np.ndarray):
         return f"{image.dtype}{image.shape}".encode() + image.tobytes()
+    if isinstance(image, (str, os.PathLike)):
+        # The file and not its path: the same path may lead to another file, another path to the same.
+        try:
+            return Path(image).read_bytes()
+        except (OSError, ValueError):
+            return str(image).encode()
     return image if isinstance(image, bytes) else str(image).encode()
 
 

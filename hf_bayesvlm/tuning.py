@@ -21,7 +21,7 @@ from .cosine import CovarianceForm, Modalities
 from .features import LabelledFeatures, embed_labelled
 from .fingerprint import fingerprints_match
 from .kronecker import Damping, FactorSpectra, check_positive, factor_spectra
-from .laplace import NoMaximumError, Objective, best_prior_precision
+from .laplace import NoMaximumError, Objective, best_prior_precision, squared_norm
 from .metrics import Scores
 from .modeling_bayesvlm import BayesVLMForZeroShot
 from .posterior import BayesVLMPosterior
@@ -260,7 +260,7 @@ def _trial(candidate: Candidate, scores: Scores) -> Trial:
 def _with_norms(posterior: BayesVLMPosterior, model: BayesVLMForZeroShot) -> BayesVLMPosterior:
     """Fill in the norms of the projections where the posterior does not know them."""
     parts = {
-        name: replace(part, weight_norm_squared=float(weight.double().square().sum()))
+        name: replace(part, weight_norm_squared=squared_norm(weight))
         for name, weight in model.projection_weights().items()
         if (part := getattr(posterior, name)).weight_norm_squared is None
     }

@@ -16,6 +16,8 @@ from PIL import Image
 from tiny import tiny_image_processor, tiny_tokenizer, tiny_vlm
 
 from hf_bayesvlm import BayesVLMPosterior, estimate_posterior
+from hf_bayesvlm.distributed import PeerError
+from hf_bayesvlm.pairs import PairError
 
 OPTIONS: dict[str, Any] = {"batch_size": 4, "progress": False, "objective": "evidence"}
 UNEVEN_FILES = (9, 2, 6)
@@ -66,11 +68,12 @@ def healthy(out: Path, accelerator: Accelerator) -> None:
         "skipped": ("clip", skipped, {"contrast_size": 16, "on_error": "skip"}),
         "checkpoint": ("clip", rows, {"contrast_size": 16, "checkpoint_dir": out / "checkpoint"}),
         "files": ("clip", _files(UNEVEN_FILES), {"contrast_size": 8}),
+        "double": ("clip", pairs(8) if rank == 0 else [], {"sharding": "given"}),
         "given": ("clip", pairs(11) if rank == 0 else [], {"sharding": "given"}),
     }
     for name, (family, data, options) in cases.items():
         posterior = estimate_posterior(
-            tiny_vlm(family),
+            tiny_vlm(family).double() if name == "double" else tiny_vlm(family),
             Processor(family),
             data,
             accelerator=accelerator,
@@ -92,10 +95,57 @@ def failing(accelerator: Accelerator) -> None:
 
 def different(accelerator: Accelerator) -> None:
     """The processes were given different data by mistake."""
-    rows = Dataset.from_list(pairs(20 + accelerator.process_index))
+    rows = pairs(20)
+    rows[7]["text"] += " again" * accelerator.process_index
     estimate_posterior(
         tiny_vlm(), Processor(), rows, accelerator=accelerator, contrast_size=20, **OPTIONS
     )
+
+
+class Interrupted(list[dict[str, Any]]):
+    """Rows of which one cannot be read this time; it is none of those that tell data sets apart."""
+
+    ROW = 40
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == self.ROW:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+
+def resumable(out: Path, accelerator: Accelerator | None, rows: Any) -> dict[str, Any]:
+    """Estimations over rows by number and as a stream, with checkpoints."""
+    results: dict[str, Any] = {}
+    for name, data in (("numbered", rows), ("streamed", (row for row in rows))):
+        try:
+            results[name] = estimate_posterior(
+                tiny_vlm(),
+                Processor(),
+                data,
+                accelerator=accelerator,
+                sharding="rows",
+                contrast_size=9,
+                checkpoint_dir=out / name,
+                **OPTIONS,
+            )
+        except (PairError, PeerError, OSError) as error:
+            results[name] = error
+    return results
+
+
+def interrupted(out: Path, accelerator: Accelerator) -> None:
+    """Two blocks of each are missing when this ends."""
+    for error in resumable(out, accelerator, Interrupted(pairs(45))).values():
+        assert isinstance(error, Exception), "it was to be interrupted"
+
+
+def resumed(out: Path, accelerator: Accelerator) -> None:
+    """The rest of them, by any number of processes."""
+    for name, posterior in resumable(out, accelerator, pairs(45)).items():
+        posterior.save_pretrained(out / f"{name}-{accelerator.process_index}")
 
 
 def killed(accelerator: Accelerator) -> None:
@@ -124,8 +174,10 @@ def main() -> None:
     accelerator = Accelerator()
     what, out = sys.argv[1], Path(sys.argv[2])
     try:
-        if what == "healthy":
-            healthy(out, accelerator)
+        if what in ("healthy", "interrupted", "resumed"):
+            {"healthy": healthy, "interrupted": interrupted, "resumed": resumed}[what](
+                out, accelerator
+            )
         else:
             {"failing": failing, "different": different, "killed": killed}[what](accelerator)
     finally:

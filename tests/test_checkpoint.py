@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,32 @@ def test_the_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     checkpoint.save(Progress(num_pairs=2), SUMS)
     assert checkpoint.file.stat().st_ino != inode
     assert set(load_file(str(checkpoint.file))) == set(SUMS)
+
+
+def test_an_iterator_that_hides_in_another_loses_no_rows(tmp_path: Path) -> None:
+    class Wrapper:
+        """As `tqdm` wraps an iterator."""
+
+        def __init__(self) -> None:
+            self.rows = iter(pairs(40))
+
+        def __iter__(self) -> Any:
+            yield from self.rows
+
+    assert fit(tmp_path, dataset=Wrapper()).num_pairs == 40
+
+
+def test_the_same_paths_to_other_images_are_other_data(tmp_path: Path) -> None:
+    rows = pairs(16)
+    for i, row in enumerate(rows):
+        for folder, image in (("first", row["image"]), ("second", rows[-1 - i]["image"])):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image.save(tmp_path / folder / f"{i}.png")
+    table = [{"image": f"{i}.png", "text": row["text"]} for i, row in enumerate(rows)]
+    first = fit(tmp_path / "progress", dataset=table, image_root=tmp_path / "first")
+    # Another way to the same files is the same data.
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    moved = fit(tmp_path / "progress", dataset=table, image_root=tmp_path / "moved")
+    assert torch.equal(moved.image.B, first.image.B)
+    with pytest.raises(CheckpointError, match=r"dataset\.sample"):
+        fit(tmp_path / "progress", dataset=table, image_root=tmp_path / "second")

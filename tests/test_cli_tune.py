@@ -181,6 +181,30 @@ def test_files_and_folders_called_test_are_refused(tmp_path):
     refuse_test_data(str(tmp_path / "testimony.parquet"), "train")
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://host/data/test-00000-of-00001.parquet",
+        "test-{000..127}.tar",
+        "hf://datasets/user/name/test.parquet",
+        "cifar10_test.parquet",
+        "data/test/part-0.parquet",
+        "data/test/*.parquet",
+    ],
+)
+def test_files_that_are_called_test_are_refused(source):
+    with pytest.raises(ValueError, match="is called a test set"):
+        refuse_test_data(source, None)
+    refuse_test_data(source.replace("test", "latest"), None)
+
+
+def test_a_posterior_is_not_replaced_unasked(folder, tmp_path):
+    (tmp_path / "posterior_config.json").write_text("{}")
+    done = run(folder / "bundle", folder / "val.parquet", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "--overwrite" in done.stderr
+
+
 def test_a_test_split_on_demand(folder):
     # Also where the test split is not named but is all there is.
     refused = run(folder / "bundle", folder / "only-test", *FREE)

@@ -628,3 +628,22 @@ def test_sums_of_others_are_added(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="earlier blocks"):
         first.add_sums(torch.eye(4).double(), torch.eye(3).double(), 1)
     assert first.num_pairs == 6
+
+
+def test_sums_of_others_are_left_as_they_are(generator: torch.Generator) -> None:
+    rows = [torch.randn(6, d, generator=generator) for d in (5, 3, 3)]
+    first, second = (CurvatureAccumulator("softmax", 10.0) for _ in range(2))
+    second.update(*rows)
+    sums = second.sums()
+    assert sums is not None
+    before = [value.clone() for value in sums]
+    first.add_sums(*sums, 6)
+    first.update(*rows)
+    assert all(torch.equal(value, old) for value, old in zip(sums, before, strict=True))
+
+
+def test_an_autocast_around_it_does_not_count(generator: torch.Generator) -> None:
+    source, target = (torch.randn(12, 8, generator=generator) for _ in range(2))
+    expected = info_nce_ggn(source, target, 30.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(info_nce_ggn(source, target, 30.0), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from estimation_worker import OPTIONS, UNEVEN_FILES, Processor, load, pairs
+from estimation_worker import OPTIONS, UNEVEN_FILES, Processor, load, pairs, resumable
+from safetensors import safe_open
 from tiny import tiny_vlm
 
 from hf_bayesvlm import BayesVLMPosterior, estimate_posterior
+from hf_bayesvlm.checkpoint import CHECKPOINT_NAME
 from hf_bayesvlm.distributed import Ranks
 from hf_bayesvlm.pair_blocks import BlockPlan
 
@@ -93,7 +96,7 @@ def test_skipped_rows_of_all_processes_are_counted(launched: Path) -> None:
     assert [text.split(":")[0] for text in found.provenance["skipped"]] == ["row 3", "row 44"]
 
 
-def test_one_process_goes_on_with_what_two_have_saved(launched: Path) -> None:
+def test_one_process_has_the_result_that_two_have_saved(launched: Path) -> None:
     found = single(pairs(45), contrast_size=16, checkpoint_dir=launched / "checkpoint")
     assert_same_factors(found, load(launched, "checkpoint"), tolerance=0.0)
 
@@ -113,6 +116,30 @@ def test_a_process_without_data_comes_to_an_end(launched: Path) -> None:
     assert load(launched, "given").provenance["num_dropped"] == 1
 
 
+def test_a_process_without_data_of_a_float64_model(launched: Path) -> None:
+    assert load(launched, "double", 1).num_pairs == 8
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_an_interrupted_run_is_finished_by_any_number_of_processes(
+    tmp_path: Path, processes: int
+) -> None:
+    started = launch("interrupted", tmp_path)
+    assert started.returncode == 0, started.stderr[-3000:]
+    for name in ("numbered", "streamed"):
+        done = json.loads(safe_open(tmp_path / name / CHECKPOINT_NAME, "pt").metadata()["progress"])
+        assert (done["num_pairs"], done["complete"]) == (36, False)
+    if processes == 1:
+        found = resumable(tmp_path, None, pairs(45))
+    else:
+        finished = launch("resumed", tmp_path, processes)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        found = {name: load(tmp_path, name, processes - 1) for name in ("numbered", "streamed")}
+    expected = single(pairs(45), contrast_size=9)
+    for posterior in found.values():
+        assert_same_factors(posterior, expected)
+
+
 def test_a_failing_process_ends_all(tmp_path: Path) -> None:
     done = launch("failing", tmp_path)
     assert done.returncode != 0
@@ -123,6 +150,7 @@ def test_a_failing_process_ends_all(tmp_path: Path) -> None:
 def test_a_killed_process_ends_all(tmp_path: Path) -> None:
     done = launch("killed", tmp_path)
     assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
 
 
 def test_processes_with_different_data_are_refused(tmp_path: Path) -> None:
