@@ -220,7 +220,7 @@ def _prior(scaling: Scaling) -> str:
     start = f"from {prior.adam_start:g}, the maximum being {prior.maximum:.5g}"
     return "\n".join(
         (
-            f"| `optimize_prior_precision`: eigenvalues once, bisection | {prior.seconds:.3f} "
+            f"| `optimize_prior_precision`: eigenvalues once, bracketed root | {prior.seconds:.3f} "
             f"| {prior.distance:.1e} |",
             f"| {prior.adam_steps} steps of Adam on two log-determinants, {start} "
             f"| {prior.adam_seconds:.3f} | {distances} |",
