@@ -290,7 +290,9 @@ def test_the_command_serves_the_page_and_fails_with_a_sentence(tmp_path: Path) -
     assert wrong.returncode == 2
     assert "error:" in wrong.stderr
     assert "Traceback" not in wrong.stderr
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment | {"PYTHONUNBUFFERED": "1"}
+    )
     try:
         assert process.stdout is not None
         line = next(line for line in process.stdout if "http" in line)

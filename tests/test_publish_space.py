@@ -56,7 +56,7 @@ def server(folder: Path) -> Iterator[str]:
         cwd=folder,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment | {"GRADIO_SERVER_PORT": str(port)},
+        env=environment | {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
     try:
