@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,14 +47,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def server(folder: Path) -> Iterator[str]:
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # A copy: running leaves compiled files behind.
+    running = tmp_path_factory.mktemp("running") / "space"
+    shutil.copytree(folder, running)
     process = subprocess.Popen(
         [sys.executable, "app.py"],
-        cwd=folder,
+        cwd=running,
         stdout=subprocess.PIPE,
         text=True,
         env=environment | {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
