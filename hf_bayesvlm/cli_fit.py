@@ -198,9 +198,13 @@ def _accelerator(device: str | None) -> Any:
     check_device(device)
     # One process may download or convert for hours while the others wait.
     handlers = [InitProcessGroupKwargs(timeout=_PATIENCE)]
-    if device is None:
-        return Accelerator(kwargs_handlers=handlers)
     import torch
+
+    if device is None:
+        # Without this, processes that torchrun starts on a machine without a GPU are all the first one.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        on_cpu = several and not torch.accelerator.is_available()
+        return Accelerator(cpu=on_cpu, kwargs_handlers=handlers)
 
     wanted = torch.device(device)
     if wanted.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
