@@ -177,13 +177,8 @@ def _checked_against_base(
     published: BayesVLMPosterior, base_model: str, revision: str | None, likelihood: str | None
 ) -> BayesVLMPosterior:
     """The posterior as the base certifies it: shapes, likelihood, fingerprint, norms."""
-    from .modeling_bayesvlm import BayesVLMForZeroShot
-
     try:
-        if revision is None:
-            model = load_model(base_model)
-        else:
-            model = BayesVLMForZeroShot.from_pretrained(base_model, revision=revision)
+        model = load_model(base_model, revision=revision)
     except OSError as error:
         raise OSError(
             f"the base model {base_model} cannot be loaded, to check that the factors fit it: {error}. "

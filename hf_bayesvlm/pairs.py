@@ -167,20 +167,17 @@ class PairColumns:
 
     def located(self, image: Any) -> Any:
         """The content of an undecoded image, with relative paths led from `image_root`."""
-        return _located(image, self.image_root)
-
-
-def _located(image: Any, root: str | None) -> Any:
-    if isinstance(image, dict) and "image" not in image and image.keys() & {"bytes", "path"}:
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if root is None or not isinstance(image, (str, os.PathLike)):
-        return image
-    if isinstance(image, str) and (image.startswith(_ADDRESSES) or _REMOTE.match(image)):
-        return image
-    located = os.path.join(root, image)  # noqa: PTH118 - root may be an address
-    if isinstance(image, str) and may_be_base64(image) and not _exists(located):
-        return image
-    return located
+        if isinstance(image, dict) and "image" not in image and image.keys() & {"bytes", "path"}:
+            image = image.get("path") if image.get("bytes") is None else image["bytes"]
+        root = self.image_root
+        if root is None or not isinstance(image, (str, os.PathLike)):
+            return image
+        if isinstance(image, str) and (image.startswith(_ADDRESSES) or _REMOTE.match(image)):
+            return image
+        located = os.path.join(root, image)  # noqa: PTH118 - root may be an address
+        if isinstance(image, str) and may_be_base64(image) and not _exists(located):
+            return image
+        return located
 
 
 def _exists(path: str) -> bool:
